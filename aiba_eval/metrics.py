@@ -1,0 +1,430 @@
+"""How well a map agrees with a mask.
+
+Conventions
+-----------
+
+``saliency`` is a real ``(time, mel)`` array, ``mask`` a boolean one of the same shape. Every function takes the
+saliency first, then what it is judged by, and returns a float (or floats).
+
+* NaN or infinite values raise: a map that is missing must be counted as missing, not scored.
+* An **empty or full mask** cannot tell one map from another: every metric against it is ``nan``.
+* A **constant map** (within a millionth of its size: float32 resizing leaves such noise) is on nowhere after
+  min–max normalisation. A constant profile has no correlation: ``nan``.
+* Ties count in expectation, never in favour of the map: a uniform map scores its chance level.
+* ``nan`` says "undefined"; :data:`UNDEFINED` says when. Count such cases, do not average over them in silence.
+
+No metric means much alone: see :mod:`aiba_eval.references` for what a map that never saw the model scores.
+
+Metrics
+-------
+
+* :func:`average_precision`: area under the precision–recall curve of the ranking of cells.
+* :func:`iou`, :func:`iou_curve`, :func:`iou_area`: overlap with the thresholded map, at one threshold or over all.
+* :func:`precision_recall_f1`: of the thresholded map.
+* :func:`profile_pearson`, :func:`profile_spearman`: correlation of the time-averaged profiles over frequency.
+* :func:`pointing_game`: whether the maximum lies on the mask.
+* :func:`mass_accuracy`: share of the map's sum on the mask.
+* :func:`rank_accuracy`: share of the top cells, as many as the mask has, on the mask.
+* :func:`evaluate`: all of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+#: Thresholds on the normalised map at which the IoU curve is read.
+THRESHOLDS: tuple[float, ...] = tuple(float(t) for t in np.linspace(0, 1, 21))
+
+#: When each metric of :func:`evaluate` is ``nan`` although the mask is neither empty nor full.
+UNDEFINED: Mapping[str, str] = MappingProxyType(
+    {
+        "precision": "no cell is above the threshold",
+        "profile_pearson": "a profile over frequency is constant",
+        "profile_spearman": "a profile over frequency is constant",
+        "mass_accuracy": "the map has negative values or no mass",
+    }
+)
+
+
+def validate(saliency: ArrayLike, mask: ArrayLike) -> tuple[Floats, Mask]:
+    """Check a map and a mask, and return them as float64 and bool.
+
+    Raises
+    ------
+    ValueError
+        If either is not (time, mel), their shapes differ, the map holds NaN or infinite values, or the mask holds
+        anything but 0 and 1.
+    """
+    values, target = _validate_real(saliency, mask, "mask")
+    if not np.isin(target, (0, 1)).all():
+        raise ValueError("mask must be boolean (or 0 and 1)")
+    return values, target.astype(bool)
+
+
+def _validate_real(saliency: ArrayLike, target: ArrayLike, name: str) -> tuple[Floats, Floats]:
+    values, other = np.asarray(saliency, float), np.asarray(target, float)
+    if values.ndim != 2 or values.shape != other.shape or values.size == 0:
+        raise ValueError(f"need two (time, mel) arrays of one shape: map is {values.shape}, {name} is {other.shape}")
+    for label, array in (("map", values), (name, other)):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{label} holds {int((~np.isfinite(array)).sum())} NaN or infinite of {array.size} cells")
+    return values, other
+
+
+def _trivial(mask: Mask) -> bool:
+    return not mask.any() or bool(mask.all())
+
+
+def _constant(x: Floats) -> bool:
+    return bool(np.ptp(x) <= 1e-6 * np.abs(x).max())
+
+
+def normalise(saliency: ArrayLike) -> Floats:
+    """Min–max normalisation to [0, 1]: (a − min a) / (max a − min a); zeros for a constant map.
+
+    As in DAAM (Tang et al., 2023), without its 1e-8 in the denominator.
+    """
+    values = np.asarray(saliency, float)
+    if _constant(values):
+        return np.zeros_like(values)
+    low = values.min()
+    return (values - low) / (values.max() - low)
+
+
+def average_precision(saliency: ArrayLike, mask: ArrayLike) -> float:
+    """Average precision: AP = Σ_n (R_n − R_{n−1}) P_n over the distinct values of the map, highest first.
+
+    Tied cells enter together, so a constant map scores the area of the mask. No interpolation. Computed by
+    ``sklearn.metrics.average_precision_score``.
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+    mask : array_like of bool, shape (time, mel)
+
+    Returns
+    -------
+    float
+        In (0, 1]; ``nan`` for an empty or full mask (where scikit-learn returns 0 with a warning, or 1).
+
+    Raises
+    ------
+    ValueError
+        As :func:`validate`.
+    """
+    values, target = validate(saliency, mask)
+    if _trivial(target):
+        return float("nan")
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(target.ravel(), values.ravel()))
+
+
+def iou(saliency: ArrayLike, mask: ArrayLike, threshold: float = 0.5) -> float:
+    """Intersection over union of the mask and the cells of the normalised map that lie strictly above a threshold.
+
+    |on ∩ mask| / |on ∪ mask| with on = normalise(a) > τ (DAAM, Tang et al., 2023). Fix the threshold on other data.
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+    mask : array_like of bool, shape (time, mel)
+    threshold : float
+        τ, on the map normalised to [0, 1].
+
+    Returns
+    -------
+    float
+        In [0, 1]; ``nan`` for an empty or full mask.
+
+    Raises
+    ------
+    ValueError
+        As :func:`validate`.
+    """
+    return float(iou_curve(saliency, mask, (threshold,))[0])
+
+
+def iou_curve(saliency: ArrayLike, mask: ArrayLike, thresholds: ArrayLike = THRESHOLDS) -> Floats:
+    """:func:`iou` at each threshold, shape (thresholds,)."""
+    values, target = validate(saliency, mask)
+    taus = np.asarray(thresholds, float)
+    if _trivial(target):
+        return np.full(taus.shape, np.nan)
+    on = normalise(values) > taus[:, None, None]
+    return (on & target).sum((1, 2)) / (on | target).sum((1, 2))
+
+
+def iou_area(saliency: ArrayLike, mask: ArrayLike, thresholds: ArrayLike = THRESHOLDS) -> float:
+    """Mean of the IoU curve: its integral by the trapezoidal rule, over the range of the thresholds.
+
+    Free of the choice of one threshold. At least two ascending thresholds. In [0, 1]; ``nan`` as :func:`iou`.
+    """
+    return _mean_over(iou_curve(saliency, mask, thresholds), thresholds)
+
+
+def _mean_over(curve: Floats, thresholds: ArrayLike) -> float:
+    taus = np.asarray(thresholds, float)
+    if taus.ndim != 1 or taus.size < 2 or np.any(np.diff(taus) <= 0):
+        raise ValueError(f"thresholds must be at least two ascending numbers, got {taus.tolist()}")
+    return float(((curve[1:] + curve[:-1]) / 2 * np.diff(taus)).sum() / (taus[-1] - taus[0]))
+
+
+def precision_recall_f1(saliency: ArrayLike, mask: ArrayLike, threshold: float = 0.5) -> tuple[float, float, float]:
+    """Precision, recall and F1 of the normalised map strictly above a threshold.
+
+    P = |on ∩ mask| / |on|, R = |on ∩ mask| / |mask|, F1 = 2 |on ∩ mask| / (|on| + |mask|).
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+    mask : array_like of bool, shape (time, mel)
+    threshold : float
+        τ, on the map normalised to [0, 1].
+
+    Returns
+    -------
+    precision, recall, f1 : float
+        All ``nan`` for an empty or full mask. Precision is ``nan`` where nothing is on; recall and F1 are 0 then.
+
+    Raises
+    ------
+    ValueError
+        As :func:`validate`.
+    """
+    values, target = validate(saliency, mask)
+    if _trivial(target):
+        return (float("nan"),) * 3
+    on = normalise(values) > threshold
+    both, chosen, wanted = int((on & target).sum()), int(on.sum()), int(target.sum())
+    return both / chosen if chosen else float("nan"), both / wanted, 2 * both / (chosen + wanted)
+
+
+def frequency_profile(values: ArrayLike) -> Floats:
+    """Mean over time of a (time, mel) array, shape (mel,)."""
+    array = np.asarray(values, float)
+    if array.ndim != 2:
+        raise ValueError(f"need a (time, mel) array, got shape {array.shape}")
+    return array.mean(axis=0)
+
+
+def profile_pearson(saliency: ArrayLike, target: ArrayLike) -> float:
+    """Pearson correlation of the two frequency profiles, by ``scipy.stats.pearsonr``.
+
+    The coefficient only: neighbouring bands are not independent draws, so the analytic p-value is far too small
+    (independent smooth profiles over 64 bands exceed |r| = 0.5 about every second time). Compare with a null instead.
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+    target : array_like, shape (time, mel)
+        A mask, or any real target such as a soft share or an energy.
+
+    Returns
+    -------
+    float
+        In [−1, 1]; ``nan`` if either profile is constant, as on a lattice without frequency axis.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ or values are not finite.
+    """
+    profiles = _profiles(saliency, target)
+    if profiles is None:
+        return float("nan")
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(*profiles)[0])
+
+
+def profile_spearman(saliency: ArrayLike, target: ArrayLike) -> float:
+    """Spearman rank correlation of the two frequency profiles, by ``scipy.stats.spearmanr``; ties share their rank.
+
+    Parameters, returns and errors as in :func:`profile_pearson`.
+    """
+    profiles = _profiles(saliency, target)
+    if profiles is None:
+        return float("nan")
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(*profiles)[0])
+
+
+def _profiles(saliency: ArrayLike, target: ArrayLike) -> tuple[Floats, Floats] | None:
+    values, other = _validate_real(saliency, target, "target")
+    a, b = frequency_profile(values), frequency_profile(other)
+    return None if _constant(a) or _constant(b) else (a, b)
+
+
+def dilate(mask: ArrayLike, *, mel_tolerance: int = 0, time_tolerance: int = 0) -> Mask:
+    """Cells within a number of mel rows and time columns of the mask (a box), shape (time, mel)."""
+    target = np.asarray(mask, bool)
+    if mel_tolerance < 0 or time_tolerance < 0:
+        raise ValueError(f"tolerances must not be negative, got mel {mel_tolerance}, time {time_tolerance}")
+    from scipy.ndimage import maximum_filter
+
+    size = (2 * int(time_tolerance) + 1, 2 * int(mel_tolerance) + 1)
+    return maximum_filter(target, size=size, mode="constant", cval=0).astype(bool)
+
+
+def pointing_game(saliency: ArrayLike, mask: ArrayLike, *, mel_tolerance: int = 0, time_tolerance: int = 0) -> float:
+    """Pointing game (Zhang et al., 2016): does the maximum of the map lie on the mask?
+
+    With ties, the chance that a maximum drawn among them does: (tied maxima on the mask) / (tied maxima). So a
+    uniform map scores the area of the mask, not a hit.
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+    mask : array_like of bool, shape (time, mel)
+    mel_tolerance, time_tolerance : int
+        Rows and columns by which a maximum may miss the mask. Zhang's 15 pixels would be a quarter of 64 mel
+        bands: use 0 or 1.
+
+    Returns
+    -------
+    float
+        In [0, 1], 0 or 1 without ties; ``nan`` for an empty or full mask.
+
+    Raises
+    ------
+    ValueError
+        As :func:`validate`, or if a tolerance is negative.
+    """
+    values, target = validate(saliency, mask)
+    near = dilate(target, mel_tolerance=mel_tolerance, time_tolerance=time_tolerance)
+    if _trivial(target):
+        return float("nan")
+    return float(near[values == values.max()].mean())
+
+
+def mass_accuracy(saliency: ArrayLike, mask: ArrayLike) -> float:
+    """Relevance mass accuracy (Arras et al., 2022): Σ a·m / Σ a.
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+        Non-negative.
+    mask : array_like of bool, shape (time, mel)
+
+    Returns
+    -------
+    float
+        In [0, 1]; ``nan`` for an empty or full mask, and for a map with negative values or no mass, whose ratio
+        would not be a share.
+
+    Raises
+    ------
+    ValueError
+        As :func:`validate`.
+    """
+    values, target = validate(saliency, mask)
+    total = values.sum()
+    if _trivial(target) or values.min() < 0 or not total > 0:
+        return float("nan")
+    return float(values[target].sum() / total)
+
+
+def rank_accuracy(saliency: ArrayLike, mask: ArrayLike) -> float:
+    """Relevance rank accuracy (Arras et al., 2022): share of the K highest cells on the mask, K the mask's size.
+
+    Where a tie straddles the K-th place, its cells count by the expectation of a draw among them.
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+    mask : array_like of bool, shape (time, mel)
+
+    Returns
+    -------
+    float
+        In [0, 1]; ``nan`` for an empty or full mask.
+
+    Raises
+    ------
+    ValueError
+        As :func:`validate`.
+    """
+    values, target = validate(saliency, mask)
+    if _trivial(target):
+        return float("nan")
+    size = int(target.sum())
+    border = np.partition(values.ravel(), -size)[-size]
+    above, tied = values > border, values == border
+    hits = target[above].sum() + (size - above.sum()) * target[tied].mean()
+    return float(hits / size)
+
+
+def evaluate(
+    saliency: ArrayLike,
+    mask: ArrayLike,
+    *,
+    threshold: float = 0.5,
+    thresholds: ArrayLike = THRESHOLDS,
+    mel_tolerance: int = 0,
+    time_tolerance: int = 0,
+) -> dict[str, float]:
+    """Every metric of a map against a mask.
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+    mask : array_like of bool, shape (time, mel)
+    threshold : float
+        For ``iou``, ``precision``, ``recall`` and ``f1``.
+    thresholds : array_like
+        For ``iou_area``.
+    mel_tolerance, time_tolerance : int
+        For ``pointing_game``.
+
+    Returns
+    -------
+    dict of str to float
+        ``average_precision, iou, iou_area, precision, recall, f1, profile_pearson, profile_spearman, pointing_game,
+        mass_accuracy, rank_accuracy``. All ``nan`` for an empty or full mask.
+
+    Raises
+    ------
+    ValueError
+        As :func:`validate`.
+    """
+    values, target = validate(saliency, mask)
+    precision, recall, f1 = precision_recall_f1(values, target, threshold)
+    trivial = _trivial(target)
+    return {
+        "average_precision": average_precision(values, target),
+        "iou": iou(values, target, threshold),
+        "iou_area": iou_area(values, target, thresholds),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "profile_pearson": float("nan") if trivial else profile_pearson(values, target),
+        "profile_spearman": float("nan") if trivial else profile_spearman(values, target),
+        "pointing_game": pointing_game(values, target, mel_tolerance=mel_tolerance, time_tolerance=time_tolerance),
+        "mass_accuracy": mass_accuracy(values, target),
+        "rank_accuracy": rank_accuracy(values, target),
+    }
+
+
+#: Names of the metrics, in the order of :func:`evaluate`.
+METRICS: tuple[str, ...] = (
+    "average_precision",
+    "iou",
+    "iou_area",
+    "precision",
+    "recall",
+    "f1",
+    "profile_pearson",
+    "profile_spearman",
+    "pointing_game",
+    "mass_accuracy",
+    "rank_accuracy",
+)

@@ -1,0 +1,96 @@
+"""AIBA's core: see and steer what text-to-audio diffusion models attend to. Names are imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from aiba_hooks.specs import hookimpl, hookspec
+
+if TYPE_CHECKING:
+    from aiba_hooks.backbone import Backbone, Conditioning, SiteCall, Step
+    from aiba_hooks.calls import AttentionCall
+    from aiba_hooks.capturing import Capture, capture
+    from aiba_hooks.errors import (
+        AibaError,
+        CaptureBudgetExceeded,
+        CheckColumnError,
+        DegeneratePooling,
+        LatticeMismatch,
+        NothingCaptured,
+        UnknownBackbone,
+        UnknownWord,
+    )
+    from aiba_hooks.kernel import Kernel
+    from aiba_hooks.lattice import Lattice
+    from aiba_hooks.maps import AttentionMaps
+    from aiba_hooks.models import Model
+    from aiba_hooks.sites import Site
+    from aiba_hooks.tagging import Tag
+    from aiba_hooks.words import TokenStream
+
+# torch and xarray take seconds: `import aiba_hooks` and `aiba --help` do without them
+_HOME = {
+    "AibaError": "errors",
+    "AttentionCall": "calls",
+    "AttentionMaps": "maps",
+    "Backbone": "backbone",
+    "Capture": "capturing",
+    "CaptureBudgetExceeded": "errors",
+    "CheckColumnError": "errors",
+    "Conditioning": "backbone",
+    "DegeneratePooling": "errors",
+    "Kernel": "kernel",
+    "Lattice": "lattice",
+    "LatticeMismatch": "errors",
+    "Model": "models",
+    "NothingCaptured": "errors",
+    "Site": "sites",
+    "SiteCall": "backbone",
+    "Step": "backbone",
+    "Tag": "tagging",
+    "TokenStream": "words",
+    "UnknownBackbone": "errors",
+    "UnknownWord": "errors",
+    "capture": "capturing",
+}
+
+__all__ = [
+    "AibaError",
+    "AttentionCall",
+    "AttentionMaps",
+    "Backbone",
+    "Capture",
+    "CaptureBudgetExceeded",
+    "CheckColumnError",
+    "Conditioning",
+    "DegeneratePooling",
+    "Kernel",
+    "Lattice",
+    "LatticeMismatch",
+    "Model",
+    "NothingCaptured",
+    "Site",
+    "SiteCall",
+    "Step",
+    "Tag",
+    "TokenStream",
+    "UnknownBackbone",
+    "UnknownWord",
+    "capture",
+    "hookimpl",
+    "hookspec",
+]
+
+
+def __getattr__(name: str) -> Any:
+
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"aiba_hooks.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'aiba_hooks' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

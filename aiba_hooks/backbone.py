@@ -1,0 +1,167 @@
+"""Backbone: what a plugin says about one kind of pipeline. Subclass it; the defaults serve a diffusers-style pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aiba_hooks.tagging import Tag
+from aiba_hooks.words import TokenStream
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from aiba_hooks.lattice import Lattice
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What one pipeline call is conditioned on, read when the pipeline encodes its prompt.
+
+    Attributes
+    ----------
+    prompts : one text per prompt of the call
+    waveforms : waveforms generated per prompt; the denoiser's rows are prompt-major (p0w0, p0w1, p1w0, ...)
+    guided : whether classifier-free guidance runs, so that both branches exist
+    streams : the token streams, each with one row per prompt
+    """
+
+    prompts: tuple[str, ...]
+    waveforms: int = 1
+    guided: bool = False
+    streams: tuple[TokenStream, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Samples being denoised: prompts × waveforms."""
+        return len(self.prompts) * self.waveforms
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the denoiser is in the schedule. Values may be tensors: they are read after the run, never during it."""
+
+    timestep: Any = None
+    sigma: Any = None
+
+
+@dataclass(frozen=True)
+class SiteCall:
+    """What a backbone is told of one attention site when it is asked for its lattice, tag or stream.
+
+    Attributes
+    ----------
+    name : dotted module name relative to the denoiser
+    module : the calling module
+    queries, keys : Tq and Tk
+    tag : as concluded from what was seen
+    arguments : the denoiser's bound forward arguments in this call
+    target : the pipeline (or module) given to ``capture``
+    conditioning : of the running pipeline call, if its prompt was seen
+    """
+
+    name: str
+    module: Any
+    queries: int
+    keys: int
+    tag: Tag
+    arguments: Mapping[str, Any]
+    target: Any
+    conditioning: Conditioning | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Backbone:
+    """One kind of pipeline. Override ``matches``, ``conditioning`` and ``lattice``; the rest has defaults.
+
+    Attributes
+    ----------
+    name : what ``aiba plugins`` and the provenance of maps call it
+    denoiser_names : attributes of the pipeline that hold its denoiser, first found wins
+    prompt_method : the pipeline's method that encodes prompts; each call to it starts a new run
+    ranking_method : the method that re-sorts finished audio, if there is one (see ``order``)
+    branches : guidance branches in the order in which the denoiser's batch (or its separate passes) holds them
+    batched : True if one forward holds all branches along its batch axis, False if each branch is a forward of its own
+    cross_ratio : the paper's length rule: where lengths alone decide, cross only if Tk / Tq is at most this
+    """
+
+    name: str = "backbone"
+    denoiser_names: Sequence[str] = ("unet", "transformer")
+    prompt_method: str | None = "encode_prompt"
+    ranking_method: str | None = None
+    branches: Sequence[str] = ("unconditional", "conditional")
+    batched: bool = True
+    cross_ratio: float | None = None
+
+    def matches(self, target: Any) -> bool:
+        """Whether this backbone describes ``target``. Compare class names; do not import the library here."""
+        return False
+
+    def denoiser(self, target: Any) -> nn.Module:
+        """The module that is run once (or once a branch) per step."""
+        for name in self.denoiser_names:
+            module = getattr(target, name, None)
+            if module is not None:
+                return module
+        raise AttributeError(f"{type(target).__name__} has none of the attributes {', '.join(self.denoiser_names)}")
+
+    def conditioning(self, target: Any, arguments: Mapping[str, Any], result: Any) -> Conditioning:
+        """Prompts and token streams of a pipeline call.
+
+        Parameters
+        ----------
+        arguments : bound arguments of ``prompt_method`` in this call
+        result : what it returned
+        """
+        raise NotImplementedError(f"backbone {self.name!r} does not say how prompts are conditioned")
+
+    def order(self, target: Any, arguments: Mapping[str, Any], result: Any) -> Sequence[int]:
+        """Denoiser rows in the order of the returned audio, from a call of ``ranking_method``."""
+        raise NotImplementedError(f"backbone {self.name!r} declares a ranking_method but not its order")
+
+    def step(self, target: Any, arguments: Mapping[str, Any]) -> Step:
+        """Timestep or sigma of a denoiser forward, from its bound arguments."""
+        timestep = next((arguments[n] for n in ("timestep", "timesteps", "t") if arguments.get(n) is not None), None)
+        sigma = next((arguments[n] for n in ("sigma", "sigmas") if arguments.get(n) is not None), None)
+        return Step(timestep, sigma)
+
+    def steps(self, target: Any) -> int | None:
+        """How many denoiser steps the running call takes, if known (needed for negative indices in ``steps=``)."""
+        timesteps = getattr(getattr(target, "scheduler", None), "timesteps", None)
+        return None if timesteps is None else len(timesteps)
+
+    def sigma(self, target: Any, timestep: float) -> float | None:
+        """Noise level of a timestep: sqrt((1 − ᾱ) / ᾱ) where the scheduler has cumulative alphas, else None."""
+        alphas = getattr(getattr(target, "scheduler", None), "alphas_cumprod", None)
+        index = int(timestep)
+        if alphas is None or not 0 <= index < len(alphas):
+            return None
+        alpha = float(alphas[index])
+        return math.sqrt((1 - alpha) / alpha)
+
+    def tag(self, site: SiteCall) -> Tag | None:
+        """The backbone's word on a site whose key source was not seen; None leaves it to the lengths."""
+        return None
+
+    def stream(self, site: SiteCall) -> str | None:
+        """Name of the token stream that a cross site reads, or None.
+
+        Default: the stream whose ``argument`` the site's projections were seen to read, else the only one of that length.
+        """
+        if site.conditioning is None:
+            return None
+        streams = site.conditioning.streams
+        for stream in streams:
+            if stream.argument is not None and stream.argument == site.tag.stream:
+                return stream.name
+        fitting = [stream.name for stream in streams if stream.length == site.keys]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def lattice(self, site: SiteCall) -> Lattice:
+        """Where the site's queries lie in time and frequency, read off the running call, never from a table."""
+        raise NotImplementedError(f"backbone {self.name!r} declares no lattice")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"

@@ -1,0 +1,769 @@
+"""capture(): the context manager. Runs nothing of its own until an attention kernel is called inside the ``with`` block."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from aiba_hooks import interception, selectors
+from aiba_hooks.backbone import Backbone, Conditioning, SiteCall, Step
+from aiba_hooks.calls import AttentionCall
+from aiba_hooks.errors import (
+    CaptureBudgetExceeded,
+    CheckColumnError,
+    DegeneratePooling,
+    NothingCaptured,
+    UnknownBackbone,
+)
+from aiba_hooks.kernel import Kernel
+from aiba_hooks.maps import AttentionMaps, build
+from aiba_hooks.plugins import manager
+from aiba_hooks.sites import Site, SourceWatch, attention_like, calling_module, site_names
+from aiba_hooks.tagging import KINDS, Tag, from_lengths, from_sources
+from aiba_hooks.words import check_words, distinct_words, merge_groups
+
+Branch = Literal["conditional", "unconditional", "both"]
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def capture(
+    target: Any,
+    *,
+    words: Sequence[str] | Mapping[str, float] | None = None,
+    kinds: Sequence[str] = ("cross",),
+    layers: str | Sequence[str] = "*",
+    steps: Sequence[int] | slice | None = None,
+    branch: Branch = "conditional",
+    heads: Literal["mean", "all"] = "mean",
+    keep: Literal["pooled", "full"] = "pooled",
+    pooling: Literal["sum", "mean", "weighted", "max", "logmean"] = "sum",
+    reduce_steps: bool | Literal["uniform"] | Sequence[float] = False,
+    budget: str | int = "2GiB",
+    backbone: Backbone | str | None = None,
+) -> Capture:
+    """Capture attention maps of every denoiser forward inside a ``with`` block. The model's outputs do not change.
+
+    Parameters
+    ----------
+    target
+        A pipeline that a backbone plugin recognises, or any ``torch.nn.Module`` (then with ``keep="full"``: without a
+        backbone there are no words).
+    words
+        Words or phrases of the prompt to keep a map of; None for every word. ``"bass#1"`` is the second occurrence only.
+        With ``pooling="weighted"`` a mapping word → β·relevance.
+    kinds
+        Which tags to keep: any of ``"cross"``, ``"self"``, ``"joint"``, ``"unknown"``.
+    layers
+        One fnmatch pattern on site names, or a list (``*`` crosses dots).
+    steps
+        Denoiser steps to keep: indices (negative from the end), a slice, or None for all.
+    branch
+        Guidance branch: ``"conditional"``, ``"unconditional"`` (at the prompt's token positions) or ``"both"``, which adds a
+        dimension ``branch``.
+    heads
+        ``"mean"`` over heads, or ``"all"``, which adds a dimension ``head``.
+    keep
+        ``"pooled"`` per word (memory queries × words), or ``"full"``: every key.
+    pooling
+        How the tokens of a word become its map: ``"sum"`` of their probabilities; ``"mean"`` (the paper's Eqs. 4 and 7);
+        ``"weighted"`` (Eq. 6: each word's mean times softmax(words' values), so that the sum over words is Eq. 6); ``"max"``
+        (Eq. 5); ``"logmean"`` (mean of log probability). Pooling follows the head mean where ``heads="mean"``. Self-attention
+        has no words: ``"max"`` gives its Eq. 5, any other pooling the attention each position receives.
+    reduce_steps
+        False keeps each step; ``"uniform"`` (or True) averages them as they come, and a sequence of weights, one per
+        denoiser step, averages by those: memory then does not grow with steps.
+    budget
+        Largest size of what is kept, as bytes or ``"500MB"``, ``"2GiB"``.
+    backbone
+        A :class:`Backbone` or the name of a registered one, instead of the first that recognises ``target``.
+
+    Returns
+    -------
+    Capture
+        ``cap.maps`` (an :class:`AttentionMaps`) after the block, ``cap.sites`` at any time.
+
+    Raises
+    ------
+    NothingCaptured, CaptureBudgetExceeded, DegeneratePooling, CheckColumnError, UnknownWord, UnknownBackbone, ValueError
+
+    Examples
+    --------
+    >>> with capture(pipe, words=["bass", "drums"]) as cap:             # doctest: +SKIP
+    ...     audio = pipe("a bass and drums", num_inference_steps=50).audios
+    >>> cap.maps["up_blocks.0.attentions.2.transformer_blocks.0.attn2"]  # doctest: +SKIP
+    """
+    return Capture(target, words, kinds, layers, steps, branch, heads, keep, pooling, reduce_steps, budget, backbone)
+
+
+@dataclass
+class _Run:
+    """One pipeline call inside the block."""
+
+    conditioning: Conditioning | None = None
+    forwards: int = 0
+    steps: list[Step] = field(default_factory=list)
+    order: list[int] | None = None
+    seeds: list[int] | None = None
+    selected: set[int] | None = None
+    total: int | None = None
+
+
+@dataclass
+class _Store:
+    """What is kept of one site in one run."""
+
+    site: Site
+    lattice: Any = None
+    names: list[str] = field(default_factory=list)
+    groups: list[dict[str, list[int]]] = field(default_factory=list)
+    mode: str = "pooled"  # "pooled", "received", "max" (Eq. 5 of a self site) or "full"
+    selector: Tensor | None = None
+    branches: list[str] = field(default_factory=list)
+    values: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # (step, branch) -> [rows, (heads), ...]
+    sums: dict[str, Tensor] = field(default_factory=dict)  # branch -> running weighted sum
+    weight: dict[str, float] = field(default_factory=dict)
+    seen: list[int] = field(default_factory=list)
+
+
+class Capture:
+    """A capture in progress. Made by :func:`capture`; enter it once."""
+
+    def __init__(
+        self,
+        target: Any,
+        words: Sequence[str] | Mapping[str, float] | None,
+        kinds: Sequence[str],
+        layers: str | Sequence[str],
+        steps: Sequence[int] | slice | None,
+        branch: str,
+        heads: str,
+        keep: str,
+        pooling: str,
+        reduce_steps: bool | str | Sequence[float],
+        budget: str | int,
+        backbone: Backbone | str | None,
+    ) -> None:
+        self.target = target
+        self._relevance = {str(k): float(v) for k, v in words.items()} if isinstance(words, Mapping) else None
+        self._words = [words] if isinstance(words, str) else None if words is None else [str(word) for word in words]
+        self._kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+        self._layers = [layers] if isinstance(layers, str) else list(layers)
+        self._steps = steps
+        self._branches = ("conditional", "unconditional") if branch == "both" else (branch,)
+        self._heads, self._keep, self._pooling = heads, keep, pooling
+        self._budget = parse_bytes(budget)
+        self._reduce = reduce_steps
+        self._check_options(branch)
+        self._backbone_request = backbone
+        self.backbone: Backbone | None = None
+
+        self.listening = False
+        self._entered = self._closed = False
+        self._runs: list[_Run] = []
+        self._sites: dict[tuple[str, int], Site] = {}
+        self._stores: dict[tuple[int, str, int], _Store] = {}
+        self._checks: dict[tuple[str, int], tuple[Tensor, float]] = {}
+        self._row_sums: dict[tuple[str, int], Tensor] = {}
+        self._held = 0
+        self._forward_calls: dict[str, int] = {}
+        self._arguments: Mapping[str, Any] = {}
+        self._outside = 0
+        self._maps: AttentionMaps | None = None
+        self._failed: BaseException | None = None
+
+    # ---- options
+
+    def _check_options(self, branch: str) -> None:
+        _one_of("branch", branch, ("conditional", "unconditional", "both"))
+        _one_of("heads", self._heads, ("mean", "all"))
+        _one_of("keep", self._keep, ("pooled", "full"))
+        _one_of("pooling", self._pooling, selectors.POOLINGS)
+        if not self._kinds:
+            raise ValueError("kinds is empty: choose from " + ", ".join(KINDS))
+        for kind in self._kinds:
+            _one_of("kinds", kind, KINDS)
+        if self._words is not None and not self._words:
+            raise ValueError("words is an empty list: name words of the prompt, or pass None for every word")
+        if self._steps is not None and not isinstance(self._steps, slice):
+            if isinstance(self._steps, int) or not all(isinstance(step, int) for step in self._steps):
+                raise ValueError(f"steps must be a list of indices, a slice or None, got {self._steps!r}")
+            if not self._steps:
+                raise ValueError("steps is an empty list: nothing would be captured")
+        if isinstance(self._reduce, str) and self._reduce != "uniform":
+            raise ValueError(f"reduce_steps must be False, 'uniform' or a sequence of weights, got {self._reduce!r}")
+        if not isinstance(self._reduce, (bool, str)):
+            self._reduce = [float(weight) for weight in self._reduce]
+            if not self._reduce or min(self._reduce) < 0 or not sum(self._reduce) > 0:
+                raise ValueError("reduce_steps weights must be non-negative and not all zero")
+        if self._pooling == "weighted" and self._relevance is None:
+            raise ValueError("pooling='weighted' needs words as a mapping of word to relevance: words={'bass': 1.0, ...}")
+        if self._keep == "pooled" and self._pooling == "mean" and self._words is None:
+            raise DegeneratePooling(
+                "pooling='mean' without words is the mean over all keys, which is 1/Tk for every query whatever the model "
+                "does. Name words: words=['bass'], or use pooling='max' or 'logmean'"
+            )
+
+    # ---- entering and leaving
+
+    def __enter__(self) -> Capture:
+        if self._entered:
+            raise RuntimeError("a capture is entered once; call capture(...) again for another")
+        self._entered = True
+        self.backbone = self._find_backbone()
+        denoiser = self.target if self.backbone is None else self.backbone.denoiser(self.target)
+        if not isinstance(denoiser, nn.Module):
+            raise TypeError(f"the denoiser of {type(self.target).__name__} is no torch.nn.Module: {type(denoiser).__name__}")
+        kernels: list[Kernel] = manager().collect("aiba_kernels")
+        with ExitStack() as stack:
+            self._denoiser = denoiser
+            self._names = site_names(denoiser)
+            self._forward_signature = inspect.signature(type(denoiser).forward)
+            stack.callback(self._restore_late_imports, set(sys.modules))
+            for key in interception.intercept(kernels, list(denoiser.modules())):
+                stack.callback(interception.PATCHES.release, key)
+            self._watch = SourceWatch(denoiser)
+            stack.callback(self._watch.close)
+            stack.callback(denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
+            stack.callback(denoiser.register_forward_hook(self._after_forward, always_call=True).remove)
+            if self.backbone is None:
+                self._runs.append(_Run())
+            else:
+                for name in (self.backbone.prompt_method, self.backbone.ranking_method, "prepare_latents"):
+                    if name is not None and hasattr(self.target, name):
+                        stack.callback(interception.PATCHES.release, observe_method(self.target, name))
+            interception.ACTIVE.set((*interception.ACTIVE.get(), self))
+            stack.callback(self._deactivate)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.listening = False
+        self._stack.close()
+        self._closed = True
+        self._arguments = {}
+        self._failed = error
+        if error is None:
+            self._finish()
+
+    def _deactivate(self) -> None:
+        interception.ACTIVE.set(tuple(c for c in interception.ACTIVE.get() if c is not self))
+
+    def _restore_late_imports(self, known: set[str]) -> None:
+        """Modules imported inside the block may have taken our interceptor by value: give them the original."""
+        late = [module for name, module in list(sys.modules.items()) if name not in known and module is not None]
+        wrappers = {id(w): original for original, w in interception.all_wrappers()}
+        held = [wrapper for _, wrapper in interception.all_wrappers()]
+        for module, name, value in interception.importers(held, late):
+            if not interception.PATCHES.replaced(module, name):
+                setattr(module, name, wrappers[id(value)])
+
+    def _find_backbone(self) -> Backbone | None:
+        request = self._backbone_request
+        if isinstance(request, Backbone):
+            return request
+        known: list[Backbone] = manager().collect("aiba_backbones")
+        if isinstance(request, str):
+            for candidate in known:
+                if candidate.name == request:
+                    return candidate
+            names = ", ".join(sorted(candidate.name for candidate in known)) or "none"
+            raise UnknownBackbone(f"no backbone is named {request!r}; registered: {names}")
+        if request is not None:
+            raise TypeError(f"backbone must be a Backbone, a name or None, got {type(request).__name__}")
+        for candidate in known:
+            if candidate.matches(self.target):
+                return candidate
+        if not isinstance(self.target, nn.Module):
+            names = ", ".join(sorted(candidate.name for candidate in known)) or "none"
+            raise UnknownBackbone(
+                f"no backbone recognises {type(self.target).__name__} (registered: {names}). Install a plugin for it, pass "
+                "backbone=..., or capture its denoiser module with keep='full'"
+            )
+        if self._keep == "pooled":
+            raise ValueError(
+                f"keep='pooled' pools over the words of a prompt, and no backbone says which keys of "
+                f"{type(self.target).__name__} are words. Pass keep='full', or the pipeline instead of its module"
+            )
+        return None
+
+    # ---- what the hooks call
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self not in interception.ACTIVE.get():
+            return
+        bound = self._forward_signature.bind(module, *args, **kwargs)
+        bound.apply_defaults()
+        self._arguments = bound.arguments
+        if not self._runs:
+            raise RuntimeError(
+                f"the denoiser ran before {type(self.target).__name__}.{self.backbone and self.backbone.prompt_method} was "
+                "called inside the capture, so the prompt is unknown. Encode the prompt inside the with block"
+            )
+        run = self._runs[-1]
+        self._step, self._branch_rows = self._place_in_schedule(run)
+        if self._step == len(run.steps):
+            run.steps.append(
+                self.backbone.step(self.target, self._arguments) if self.backbone is not None else Step()
+            )
+            if self._step == 0:
+                self._resolve_steps(run)
+        self._forward_calls = {}
+        self._watch.enabled = run is self._runs[0] and run.forwards == 0
+        self.listening = True
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.listening or self not in interception.ACTIVE.get():
+            return
+        self.listening = False
+        run = self._runs[-1]
+        run.forwards += 1
+        self._watch.close()
+        self._arguments = {}
+
+    def _place_in_schedule(self, run: _Run) -> tuple[int, dict[str, tuple[int, int] | None]]:
+        """Step index of this forward, and which of its rows belong to which branch (None: all of them)."""
+        backbone, conditioning = self.backbone, run.conditioning
+        if backbone is None or conditioning is None:
+            return run.forwards, {}
+        if not conditioning.guided:
+            return run.forwards, {"conditional": None}
+        if backbone.batched:
+            rows = conditioning.rows
+            return run.forwards, {b: (i * rows, (i + 1) * rows) for i, b in enumerate(backbone.branches)}
+        step, position = divmod(run.forwards, len(backbone.branches))
+        return step, {backbone.branches[position]: None}
+
+    def _resolve_steps(self, run: _Run) -> None:
+        total = self.backbone.steps(self.target) if self.backbone is not None else None
+        run.total = total
+        if self._steps is None:
+            return
+        if isinstance(self._steps, slice):
+            bounds = (self._steps.start or 0, self._steps.stop or 0, self._steps.step or 1)
+            if total is None and min(bounds) < 0:
+                raise ValueError(f"steps={self._steps} counts from the end, but the number of steps is not known here")
+            stop = total if total is not None else sys.maxsize
+            run.selected = None if total is None else set(range(*self._steps.indices(stop)))
+            return
+        if total is None and min(self._steps) < 0:
+            raise ValueError(f"steps={list(self._steps)} counts from the end, but the number of steps is not known here")
+        chosen = {step + total if step < 0 and total is not None else step for step in self._steps}
+        if total is not None and not all(0 <= step < total for step in chosen):
+            raise ValueError(f"steps={list(self._steps)} reaches outside the {total} steps of this run")
+        run.selected = chosen
+
+    def _wants_step(self, run: _Run) -> bool:
+        if run.selected is not None:
+            return self._step in run.selected
+        if isinstance(self._steps, slice):
+            start, step = self._steps.start or 0, self._steps.step or 1
+            inside = self._step >= start and (self._steps.stop is None or self._step < self._steps.stop)
+            return inside and (self._step - start) % step == 0
+        return True
+
+    def method_called(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
+        """A method of the pipeline that the backbone watches has returned."""
+        assert self.backbone is not None
+        if name == self.backbone.prompt_method:
+            if self._runs and not self._runs[-1].forwards:
+                self._runs.pop()  # encoded again before denoising: the last prompt counts
+            conditioning = self.backbone.conditioning(self.target, arguments, result)
+            if self._words is not None:
+                check_words(self._words, conditioning.prompts)
+            self._runs.append(_Run(conditioning))
+        elif name == self.backbone.ranking_method and self._runs:
+            self._runs[-1].order = [int(row) for row in self.backbone.order(self.target, arguments, result)]
+        elif name == "prepare_latents" and self._runs:
+            self._runs[-1].seeds = _seeds(arguments.get("generator"))
+
+    def observe(
+        self, kernel: Kernel, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """One kernel call of this context, after the model's own."""
+        where = calling_module(self._names, 3)
+        if where is None:
+            self._outside += 1
+            return
+        call = kernel.read(function, kernel.bind(function, args, kwargs), output)
+        if call is None:
+            return
+        name, module = where
+        index = self._forward_calls.get(name, 0)
+        self._forward_calls[name] = index + 1
+        run = self._runs[-1]
+        site = self._site(name, index, module, call, run)
+        site.calls += 1
+        if not self._wants(site) or not self._wants_step(run):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self._keep_call(site, (name, index), call, run)
+
+    # ---- sites
+
+    def _site(self, name: str, index: int, module: Any, call: AttentionCall, run: _Run) -> Site:
+        site = self._sites.get((name, index))
+        shapes = tuple(call.query.shape), tuple(call.key.shape)
+        if site is None:
+            site = Site(name, call.kernel, self._tag(name, module, call, run), *shapes, module=module)
+            self._sites[name, index] = site
+        else:
+            site.query_shape, site.key_shape = shapes
+        return site
+
+    def _tag(self, name: str, module: Any, call: AttentionCall, run: _Run) -> Tag:
+        queries, keys = call.queries, call.keys
+        tag = None
+        if self._watch.enabled:
+            tag = from_sources(self._watch.sources(module, self._arguments), queries, keys)
+        backbone = self.backbone
+        unseen = Tag("unknown")
+        if tag is None and backbone is not None:
+            tag = backbone.tag(self._site_call(name, module, queries, keys, unseen, run))
+        if tag is None:
+            tag = from_lengths(queries, keys, backbone.cross_ratio if backbone is not None else None)
+        if backbone is not None and tag.kind in ("cross", "joint"):
+            stream = backbone.stream(self._site_call(name, module, queries, keys, tag, run))
+            return Tag(tag.kind, stream, tag.evidence)
+        return tag
+
+    def _site_call(self, name: str, module: Any, queries: int, keys: int, tag: Tag, run: _Run) -> SiteCall:
+        return SiteCall(name, module, queries, keys, tag, self._arguments, self.target, run.conditioning)
+
+    def _wants(self, site: Site) -> bool:
+        if site.captured:
+            return True
+        if not any(fnmatch.fnmatchcase(site.name, pattern) for pattern in self._layers):
+            site.reason = f"name does not match layers={self._layers}"
+        elif site.tag.kind not in self._kinds:
+            site.reason = f"tagged {site.tag.kind}, not in kinds={self._kinds}"
+        elif self._keep == "pooled" and site.tag.kind in ("cross", "joint", "unknown") and not self._has_words(site):
+            site.reason = f"its keys ({site.stream or 'no known stream'}) are not aligned with words; use keep='full'"
+        else:
+            return True
+        return False
+
+    def _has_words(self, site: Site) -> bool:
+        conditioning = self._runs[-1].conditioning
+        if conditioning is None:
+            return False
+        return any(stream.name == site.stream and stream.has_words for stream in conditioning.streams)
+
+    # ---- keeping
+
+    def _keep_call(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> None:
+        rows = self._rows(site, call, run)
+        wanted = {b: span for b, span in self._branch_rows.items() if b in self._branches} or (
+            {} if self._branch_rows else {"": None}
+        )
+        if not wanted:
+            if not site.captured:
+                known = ", ".join(self._branch_rows)
+                site.reason = f"branch={self._branches[0]!r} is not in this forward ({known})"
+            return
+        store_key = (len(self._runs) - 1, *key)
+        store = self._stores.get(store_key)
+        if store is None:
+            store = self._stores[store_key] = self._open_store(site, call, run)
+        site.captured, site.reason = True, self._keep
+        self._reserve(site, store, call, wanted, rows)
+        values, error, sums = self._ask(store, call, rows, run)
+        self._note_check(key, call, error)
+        if sums is not None:
+            known_sums = self._row_sums.get(key)
+            extremes = torch.stack([sums.amin(), sums.amax()])
+            self._row_sums[key] = (
+                extremes
+                if known_sums is None
+                else torch.stack([torch.minimum(known_sums[0], extremes[0]), torch.maximum(known_sums[1], extremes[1])])
+            )
+        for branch, span in wanted.items():
+            part = values if span is None else values[span[0] : span[1]]
+            if branch not in store.branches:
+                store.branches.append(branch)
+            if self._reduce is False:
+                # a slice would keep the whole batch alive
+                store.values[self._step, branch] = part.clone() if part.shape != values.shape else part
+            else:
+                weight = self._step_weight(run)
+                held = store.sums.get(branch)
+                store.sums[branch] = part * weight if held is None else held.add_(part, alpha=weight)
+                store.weight[branch] = store.weight.get(branch, 0.0) + weight
+        if self._step not in store.seen:
+            store.seen.append(self._step)
+
+    def _step_weight(self, run: _Run) -> float:
+        if not isinstance(self._reduce, list):
+            return 1.0
+        if self._step >= len(self._reduce):
+            raise ValueError(f"reduce_steps gives {len(self._reduce)} weights, but the run reached step {self._step}")
+        return self._reduce[self._step]
+
+    def _rows(self, site: Site, call: AttentionCall, run: _Run) -> int:
+        """Rows of the denoiser's batch; a kernel called with heads folded into the batch has a multiple of them."""
+        batch = call.query.shape[0]
+        if run.conditioning is None or self.backbone is None:
+            return batch
+        branches = len(self.backbone.branches) if run.conditioning.guided and self.backbone.batched else 1
+        rows = run.conditioning.rows * branches
+        if batch == rows or (batch % rows == 0 and call.query.shape[1] == 1):
+            return rows
+        raise RuntimeError(
+            f"{site.name}: the kernel's batch is {batch}, but {len(run.conditioning.prompts)} prompts × "
+            f"{run.conditioning.waveforms} waveforms × {branches} guidance branches are {rows} rows (backbone "
+            f"{self.backbone.name!r})"
+        )
+
+    def _open_store(self, site: Site, call: AttentionCall, run: _Run) -> _Store:
+        store = _Store(site, mode=self._keep)
+        if self.backbone is not None:
+            info = self._site_call(site.name, site.module, call.queries, call.keys, site.tag, run)
+            store.lattice = self.backbone.lattice(info)
+        conditioning = run.conditioning
+        if self._keep == "full" or conditioning is None:
+            return store
+        if site.tag.kind == "self":
+            store.mode = "max" if self._pooling == "max" else "received"
+            store.names = ["(max)" if store.mode == "max" else "(received)"]
+            return store
+        stream = next(s for s in conditioning.streams if s.name == site.stream)
+        if stream.length != call.keys:
+            raise RuntimeError(
+                f"{site.name}: stream {stream.name!r} has {stream.length} tokens, but the kernel saw {call.keys} keys; the "
+                f"backbone {self.backbone and self.backbone.name!r} tokenises differently from the pipeline"
+            )
+        prompts = conditioning.prompts
+        requests = self._words if self._words is not None else distinct_words(prompts)
+        store.groups = [stream.groups(row, requests) for row in range(len(prompts))]
+        store.names = merge_groups(store.groups, requests)
+        for groups in store.groups:
+            selectors.refuse_degenerate(groups, call.keys, self._pooling, site.name)
+        return store
+
+    def _reserve(
+        self, site: Site, store: _Store, call: AttentionCall, wanted: Mapping[str, Any], rows: int
+    ) -> None:
+        """Account for what this call will add, and refuse before it is allocated."""
+        if self._reduce is not False and store.seen:
+            return  # added in place
+        heads = call.query.shape[1] * call.query.shape[0] // rows if self._heads == "all" else 1
+        columns = {"full": call.keys, "max": 1}.get(store.mode, len(store.names))
+        per_row = call.keys if store.mode == "received" else call.queries * columns
+        kept_rows = sum(rows if span is None else span[1] - span[0] for span in wanted.values())
+        need = 4 * kept_rows * heads * per_row
+        if self._held + need > self._budget:
+            raise CaptureBudgetExceeded(
+                f"{site.name}: keeping {call.queries} queries × {columns} columns × {heads} heads × {kept_rows} rows needs "
+                f"{_size(need)} more on top of {_size(self._held)}, past budget={_size(self._budget)}. Narrow it (words=, "
+                "layers=, steps=), reduce_steps='uniform', keep='pooled', or raise budget="
+            )
+        self._held += need
+
+    def _ask(
+        self, store: _Store, call: AttentionCall, rows: int, run: _Run
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(values, check error, row sums)``; values [rows, (heads), Tq, columns], or [rows, (heads), Tk] received."""
+
+        def heads(answer: Tensor) -> Tensor:
+            if answer.shape[0] != rows:  # heads folded into the batch
+                answer = answer.reshape(rows, -1, *answer.shape[-2:])
+            return answer.float().mean(1) if self._heads == "mean" else answer.float()
+
+        if store.mode == "received":
+            received, error = selectors.received(call, heads)
+            return received, error, None
+        if store.mode == "max":
+            best, error = None, None
+            for _, answer, chunk_error in call.ask_keys():
+                error = chunk_error if error is None else error
+                top = heads(answer).amax(-1, keepdim=True)
+                best = top if best is None else torch.maximum(best, top)
+            assert best is not None
+            assert error is not None
+            return best, error, None
+        if store.mode == "full":
+            parts, error = [], None
+            for _, answer, chunk_error in call.ask_keys():
+                error = chunk_error if error is None else error
+                parts.append(heads(answer))
+            assert error is not None
+            full = torch.cat(parts, -1)
+            return full, error, full.sum(-1)
+        if self._pooling in selectors.LINEAR:
+            if store.selector is None or store.selector.shape[0] != call.value.shape[0]:
+                per_row = self._row_groups(store, run, rows, call.value.shape[0] // rows)
+                selector = selectors.columns(per_row, store.names, call.keys, self._pooling, self._relevance)
+                # one more column sums every key
+                selector = torch.cat([selector, torch.ones_like(selector[..., :1])], -1)
+                store.selector = selector.to(call.value.device)
+            pooled, error = call.ask(store.selector, heads)
+            return pooled[..., :-1].contiguous(), error, pooled[..., -1]
+        per_row = self._row_groups(store, run, rows, 1)
+        pooled, error = selectors.pool_nonlinear(call, per_row, store.names, self._pooling, heads)
+        return pooled, error, None
+
+    def _row_groups(self, store: _Store, run: _Run, rows: int, repeat: int) -> list[dict[str, list[int]]]:
+        """Groups of every kernel row: prompts by waveforms, the same positions in every branch, heads in the batch last."""
+        assert run.conditioning is not None
+        one_branch = [groups for groups in store.groups for _ in range(run.conditioning.waveforms)]
+        batch = one_branch * (rows // len(one_branch))
+        return [groups for groups in batch for _ in range(repeat)]
+
+    def _note_check(self, key: tuple[str, int], call: AttentionCall, error: Tensor) -> None:
+        if call.dropout > 0:
+            return  # the model's own output is a random draw
+        known = self._checks.get(key)
+        self._checks[key] = (error if known is None else torch.maximum(known[0], error), call.allowed)
+
+    # ---- results
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every place where attention was seen, in order of first call, captured or not."""
+        repeated = {name for name, index in self._sites if index > 0}
+        shown = []
+        for (name, index), site in self._sites.items():
+            site.name = f"{name}#{index}" if name in repeated else name
+            shown.append(site)
+        return shown
+
+    @property
+    def maps(self) -> AttentionMaps:
+        """The captured maps, once the block has ended."""
+        if not self._closed:
+            raise RuntimeError("cap.maps is available after the with block has ended")
+        if self._maps is None:
+            if self._failed is None:
+                raise RuntimeError("this capture ended with an error; see it for the reason")
+            self._maps = self._build()  # what there was when the body failed
+        return self._maps
+
+    def _finish(self) -> None:
+        self._read_back()
+        worst = [
+            (site.check / allowed, site, allowed)
+            for key, (_, allowed) in self._checks.items()
+            if (site := self._sites[key]).check is not None and site.check > allowed
+        ]
+        if worst:
+            _, site, allowed = max(worst, key=lambda item: item[0])
+            raise CheckColumnError(
+                f"{site.name} ({site.kernel}): asked again, the kernel differs from the model's own output by "
+                f"{site.check:.3g} of its largest value, where {allowed:.3g} is allowed"
+                f"{f' ({len(worst)} sites in all)' if len(worst) > 1 else ''}. Its adapter misreads the call (scale, mask, "
+                "key order or heads); the maps would be wrong"
+            )
+        if not any(site.captured for site in self._sites.values()):
+            raise NothingCaptured(self._explain_nothing())
+        self._maps = self._build()
+
+    def _read_back(self) -> None:
+        for key, (error, _) in self._checks.items():
+            self._sites[key].check = float(error)
+        for key, extremes in self._row_sums.items():
+            self._sites[key].row_sum = (float(extremes[0]), float(extremes[1]))
+        for site in self.sites:
+            if not site.captured and not site.reason:
+                site.reason = f"no call at the chosen steps={self._steps}"
+
+    def _explain_nothing(self) -> str:
+        lines = ["no attention call matched what was asked for."]
+        forwards = sum(run.forwards for run in self._runs)
+        if not forwards:
+            lines.append(f"The denoiser ({type(self._denoiser).__name__}) did not run inside the with block.")
+        sites = self.sites
+        if sites:
+            lines.append(f"Sites seen in {forwards} forwards:")
+            lines += [f"  {site}" for site in sites[:40]]
+            lines += [f"  ... and {len(sites) - 40} more"] if len(sites) > 40 else []
+        elif forwards:
+            lines.append(f"No intercepted kernel was called in {forwards} forwards.")
+        seen = {site.module for site in self._sites.values()}
+        names = {name for name, _ in self._sites}
+        unseen = [(n, k) for n, k in attention_like(self._denoiser) if n not in names and not _inside(n, names)]
+        if unseen and forwards and len(seen) < len(list(attention_like(self._denoiser))):
+            lines.append("Modules that look like attention, where no intercepted kernel was called:")
+            lines += [f"  {name or '(the module itself)'}: {kind}" for name, kind in unseen[:20]]
+        return "\n".join(lines)
+
+    def _build(self) -> AttentionMaps:
+        repeated = {name for name, index in self._sites if index > 0}
+        arrays: dict[str, list[Any]] = {}
+        for (run_index, name, index), store in self._stores.items():
+            label = f"{name}#{index}" if name in repeated else name
+            array = build(self, self._runs[run_index], store)
+            if array is not None:
+                arrays.setdefault(label, []).append(array)
+        return AttentionMaps.concatenate(arrays)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of attention kept, as counted against ``budget``."""
+        return self._held
+
+
+def observe_method(target: Any, name: str) -> tuple[int, str]:
+    """Let the captures of ``target`` know when its method ``name`` returns; a key for ``PATCHES.release``."""
+    original = getattr(target, name)
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        listeners = [c for c in interception.ACTIVE.get() if getattr(c, "target", None) is target]
+        if listeners:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            for listener in listeners:
+                listener.method_called(name, bound.arguments, result)
+        return result
+
+    return interception.PATCHES.acquire(target, name, original, observed)
+
+
+def parse_bytes(budget: str | int) -> int:
+    """``"2GiB"``, ``"500 MB"`` or a number of bytes, as bytes."""
+    if isinstance(budget, (int, float)) and not isinstance(budget, bool):
+        if not budget > 0 or math.isinf(budget):
+            raise ValueError(f"budget must be a positive number of bytes, got {budget!r}")
+        return int(budget)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(budget))
+    if match is None or match.group(2).lower() not in _UNITS or float(match.group(1)) <= 0:
+        raise ValueError(f"budget must be bytes or a size such as '500MB' or '2GiB', got {budget!r}")
+    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
+
+
+def _one_of(name: str, value: Any, options: Iterable[str]) -> None:
+    options = tuple(options)
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
+
+
+def _inside(name: str, parents: Iterable[str]) -> bool:
+    return any(name.startswith(f"{parent}.") or parent.startswith(f"{name}.") for parent in parents if parent)
+
+
+def _seeds(generator: Any) -> list[int] | None:
+    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    seeds = [int(g.initial_seed()) for g in generators if isinstance(g, torch.Generator)]
+    return seeds or None

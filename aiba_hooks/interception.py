@@ -1,0 +1,227 @@
+"""Interception: replaces functions and methods where they are looked up, counts who needs it, and puts them back.
+
+A wrapper is installed once for the process and shared by all captures; whether a call is seen is decided per context
+(``ContextVar``), so two threads that run two pipelines each see only their own calls."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from aiba_hooks.kernel import Kernel
+
+
+class Listener(Protocol):
+    """Who is told of intercepted calls."""
+
+    listening: bool
+
+    def observe(self, kernel: Kernel, function: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None: ...
+
+
+#: the captures of this context, outermost first
+ACTIVE: ContextVar[tuple[Any, ...]] = ContextVar("aiba_active", default=())
+#: True while an interceptor runs: a registry or dispatcher that reaches SDPA is seen once, by the outermost
+_BUSY: ContextVar[bool] = ContextVar("aiba_busy", default=False)
+
+
+@dataclass
+class _Patch:
+    namespace: Any
+    name: str
+    original: Any
+    replacement: Any
+    own: bool  # the attribute was in the namespace itself (else it was inherited and is deleted on restoring)
+    users: int = 0
+
+
+class Patches:
+    """Reference-counted attribute replacements. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._table: dict[tuple[int, str], _Patch] = {}
+
+    def acquire(self, namespace: Any, name: str, original: Any, replacement: Any) -> tuple[int, str]:
+        """Replace ``namespace.name`` (or count one more user of the replacement)."""
+        key = (id(namespace), name)
+        with self._lock:
+            patch = self._table.get(key)
+            if patch is None:
+                own = name in _dict_of(namespace)
+                _set(namespace, name, replacement)
+                patch = self._table[key] = _Patch(namespace, name, original, replacement, own)
+            patch.users += 1
+        return key
+
+    def release(self, key: tuple[int, str]) -> None:
+        """Give up one use; the last one restores what was there."""
+        with self._lock:
+            patch = self._table[key]
+            patch.users -= 1
+            if patch.users:
+                return
+            del self._table[key]
+            current = _dict_of(patch.namespace).get(patch.name)
+            if current is not patch.replacement:
+                where = getattr(patch.namespace, "__name__", type(patch.namespace).__name__)
+                warnings.warn(
+                    f"{where}.{patch.name} was replaced by someone else while AIBA intercepted it; theirs is kept",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            elif patch.own:
+                _set(patch.namespace, patch.name, patch.original)
+            else:
+                _delete(patch.namespace, patch.name)
+
+    def replaced(self, namespace: Any, name: str) -> bool:
+        """Whether ``namespace.name`` is at present replaced by us."""
+        return (id(namespace), name) in self._table
+
+
+PATCHES = Patches()
+_WRAPPERS: dict[int, tuple[Any, Any]] = {}  # id(original) -> (original, wrapper); originals live as long as their module
+
+
+def wrapper_of(kernel: Kernel, original: Callable[..., Any]) -> Callable[..., Any]:
+    """The one interceptor of ``original``: runs it untouched, then tells the listeners of this context."""
+    known = _WRAPPERS.get(id(original))
+    if known is not None and known[0] is original:
+        return known[1]
+
+    @functools.wraps(original)
+    def intercepted(*args: Any, **kwargs: Any) -> Any:
+        active = ACTIVE.get()
+        if not active or _BUSY.get():
+            return original(*args, **kwargs)
+        listeners = [listener for listener in active if listener.listening]
+        if not listeners:
+            return original(*args, **kwargs)
+        token = _BUSY.set(True)
+        try:
+            output = original(*args, **kwargs)
+            for listener in listeners:
+                listener.observe(kernel, original, args, kwargs, output)
+        finally:
+            _BUSY.reset(token)
+        return output
+
+    _WRAPPERS[id(original)] = (original, intercepted)
+    return intercepted
+
+
+def all_wrappers() -> list[tuple[Any, Any]]:
+    """``(original, wrapper)`` pairs made so far in this process."""
+    return list(_WRAPPERS.values())
+
+
+def resolve(binding: str) -> tuple[Any, str, Any] | None:
+    """``"module:attribute"`` as (namespace, name, current value), or None if that module is not imported."""
+    path, _, attribute = binding.partition(":")
+    namespace: Any = sys.modules.get(path)
+    if namespace is None:
+        return None
+    *outer, name = attribute.split(".")
+    for part in outer:
+        namespace = getattr(namespace, part, None)
+        if namespace is None:
+            return None
+    value = getattr(namespace, name, None)
+    return None if value is None else (namespace, name, value)
+
+
+def original_of(function: Any) -> Any:
+    """``function``, or what it wraps if it is one of our wrappers."""
+    inner = getattr(function, "__wrapped__", None)
+    known = _WRAPPERS.get(id(inner))
+    return inner if known is not None and known[1] is function else function
+
+
+def importers(functions: Iterable[Any], modules: Iterable[ModuleType]) -> Iterator[tuple[ModuleType, str, Any]]:
+    """Module globals that hold one of ``functions`` by value (``from ... import scaled_dot_product_attention``)."""
+    wanted = {id(function): function for function in functions}
+    for module in modules:
+        names = getattr(module, "__dict__", None)
+        if not isinstance(names, dict):
+            continue
+        for name, value in list(names.items()):
+            if id(value) in wanted:
+                yield module, name, value
+
+
+def attributes(functions: Iterable[Any], modules: Iterable[Any]) -> Iterator[tuple[Any, str, Any]]:
+    """Attributes of torch modules and their classes that hold one of ``functions`` by value."""
+    wanted = {id(function): function for function in functions}
+    classes: dict[type, None] = {}
+    for module in modules:
+        for name, value in vars(module).items():
+            if id(value) in wanted:
+                yield module, name, value
+        classes.setdefault(type(module))
+    for cls in classes:
+        for name, value in vars(cls).items():
+            if id(value) in wanted or (isinstance(value, staticmethod) and id(value.__func__) in wanted):
+                yield cls, name, value
+
+
+def intercept(kernels: Iterable[Kernel], target_modules: Iterable[Any]) -> Iterator[tuple[int, str]]:
+    """Install every binding of the kernels, and every name that holds one of their functions by value.
+
+    Yields a key for ``PATCHES.release`` after each replacement, so that a failure halfway can be rolled back.
+    """
+    wrappers: dict[int, tuple[Any, Any]] = {}
+    for kernel in kernels:
+        for binding in kernel.bindings:
+            found = resolve(binding)
+            if found is None:
+                continue
+            namespace, name, value = found
+            original = original_of(value)
+            wrapper = wrapper_of(kernel, original)
+            wrappers[id(original)] = (original, wrapper)
+            yield PATCHES.acquire(namespace, name, original, wrapper)
+    originals = [original for original, _ in wrappers.values()]
+    by_wrapper = {id(wrapper): original for original, wrapper in wrappers.values()}
+    everywhere = [*originals, *(wrapper for _, wrapper in wrappers.values())]
+    places = [*importers(everywhere, _modules()), *attributes(everywhere, target_modules)]
+    for namespace, name, value in places:
+        held = value.__func__ if isinstance(value, staticmethod) else value
+        original = by_wrapper.get(id(held), held)
+        _, wrapper = wrappers[id(original)]
+        if held is wrapper and not PATCHES.replaced(namespace, name):
+            continue  # imported by value during an earlier capture: it already is the interceptor
+        replacement: Any = staticmethod(wrapper) if isinstance(value, staticmethod) else wrapper
+        yield PATCHES.acquire(namespace, name, value, replacement)
+
+
+def _modules() -> list[ModuleType]:
+    """Imported modules whose globals may hold a kernel; torch's own look theirs up by attribute."""
+    return [module for name, module in list(sys.modules.items()) if module is not None and not name.startswith("torch.")]
+
+
+def _dict_of(namespace: Any) -> Any:
+    return getattr(namespace, "__dict__", {})
+
+
+def _set(namespace: Any, name: str, value: Any) -> None:
+    # instances of nn.Module are written past __setattr__, which would look for parameters and modules
+    if isinstance(namespace, (ModuleType, type)):
+        setattr(namespace, name, value)
+    else:
+        namespace.__dict__[name] = value
+
+
+def _delete(namespace: Any, name: str) -> None:
+    if isinstance(namespace, (ModuleType, type)):
+        delattr(namespace, name)
+    else:
+        del namespace.__dict__[name]

@@ -1,0 +1,337 @@
+"""AttentionMaps: labelled arrays on their lattices, save and load."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+if TYPE_CHECKING:
+    from aiba_hooks.capturing import Capture, _Run, _Store
+
+#: attribute that marks a saved tree, with the version of its layout
+FORMAT = "aiba_maps"
+FORMAT_VERSION = 1
+
+
+class AttentionMaps(Mapping[str, xr.DataArray]):
+    """Captured maps by site: a read-only mapping of site name to float32 ``xarray.DataArray``.
+
+    With a backbone the dimensions are (prompt, step, word, time, frequency): ``branch`` is put first with
+    ``branch="both"``; ``head`` follows step with ``heads="all"``; ``key`` stands for word with ``keep="full"``; a 1-D
+    lattice has no ``frequency``; a reduced capture no ``step``. Words are spelt as asked for, then come the groups that are
+    no words: ``(other)``, ``(special)``, ``(padding)``, ``(prefix)``. A word that a prompt does not contain is NaN there.
+    Without a backbone the dimensions are (call, batch, query, key), ``head`` after batch.
+
+    ``time`` is in seconds and ``frequency`` in hertz (centres; ``frequency_low`` and ``frequency_high`` are the edges).
+    """
+
+    def __init__(self, arrays: Mapping[str, xr.DataArray]) -> None:
+        self._arrays = dict(arrays)
+
+    def __getitem__(self, site: str) -> xr.DataArray:
+        try:
+            return self._arrays[site]
+        except KeyError:
+            known = "\n  ".join(self._arrays)
+            raise KeyError(f"no map of {site!r}. Captured sites:\n  {known}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        lines = [f"<AttentionMaps: {len(self)} sites, {self.nbytes / 2**20:.1f} MiB>"]
+        for site, array in self._arrays.items():
+            sizes = ", ".join(f"{dim} {size}" for dim, size in array.sizes.items())
+            lines.append(f"  {site or '(the module itself)'}: {sizes}")
+        return "\n".join(lines)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    @property
+    def tree(self) -> xr.DataTree:
+        """The maps as an ``xarray.DataTree``: one node per site, holding the variable ``attention``."""
+        children = {
+            _node(site, i): xr.Dataset({"attention": array.rename(None)}, attrs={"site": site})
+            for i, (site, array) in enumerate(self._arrays.items())
+        }
+        root = xr.Dataset(attrs={FORMAT: FORMAT_VERSION})
+        return xr.DataTree.from_dict({"/": root, **{f"/{name}": data for name, data in children.items()}})
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the maps as a zarr store: a folder, or one file if ``path`` ends in ``.zip``.
+
+        Raises
+        ------
+        FileExistsError
+            There is something at ``path`` already.
+        ModuleNotFoundError
+            zarr is not installed.
+        """
+        path = Path(path)
+        _need_zarr()
+        if path.exists():
+            raise FileExistsError(f"{path} exists; remove it or choose another name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # written under another name first: what stands at `path` is whole
+        partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+        _remove(partial)
+        if path.suffix == ".zip":
+            from zarr.storage import ZipStore
+
+            with ZipStore(partial, mode="w") as store:
+                self.tree.to_zarr(store, consolidated=False)
+        else:
+            self.tree.to_zarr(partial, consolidated=False)
+        partial.rename(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AttentionMaps:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            Nothing is there.
+        ValueError
+            What is there was not written by :meth:`save`, is damaged, or is of a newer layout.
+        """
+        path = Path(path)
+        _need_zarr()
+        if not path.exists():
+            raise FileNotFoundError(f"no maps at {path}")
+        arrays: dict[str, xr.DataArray] = {}
+        store: Any = path
+        if path.is_file():
+            from zarr.storage import ZipStore
+
+            store = ZipStore(path, mode="r")
+        try:
+            with xr.open_datatree(store, engine="zarr", consolidated=False) as tree:
+                version = tree.attrs.get(FORMAT)
+                if version is None:
+                    raise ValueError("it has no attribute aiba_maps")
+                if version > FORMAT_VERSION:
+                    raise ValueError(f"its layout is version {version}; this AIBA reads up to {FORMAT_VERSION}")
+                nodes = [node for node in tree.children.values() if "attention" in node.data_vars]
+                for node in sorted(nodes, key=lambda node: str(node.name)):
+                    arrays[str(node.attrs["site"])] = node["attention"].load()
+        except Exception as error:
+            raise ValueError(f"{path} holds no maps that AttentionMaps.save wrote: {error}") from error
+        return cls(arrays)
+
+    @classmethod
+    def concatenate(cls, arrays: Mapping[str, Sequence[xr.DataArray]]) -> AttentionMaps:
+        """Join what several pipeline calls in one capture gave, along ``prompt``; words and steps that one lacks are NaN."""
+        joined = {}
+        for site, parts in arrays.items():
+            if len(parts) == 1:
+                joined[site] = parts[0]
+                continue
+            for other in parts[1:]:
+                if other.sizes.get("time") != parts[0].sizes.get("time"):
+                    raise ValueError(
+                        f"{site}: the pipeline calls of this capture have different lattices "
+                        f"({parts[0].sizes['time']} and {other.sizes['time']} time columns); use one capture for each"
+                    )
+            words = list(dict.fromkeys(str(w) for part in parts for w in part.coords["word"].values)) if "word" in parts[
+                0
+            ].dims else None
+            joined[site] = xr.concat(
+                parts, dim="prompt", join="outer", fill_value=np.float32(np.nan), combine_attrs="override"
+            )
+            if words is not None:
+                groups = [w for w in words if w.startswith("(")]
+                joined[site] = joined[site].sel(word=[w for w in words if not w.startswith("(")] + groups)
+        return cls(joined)
+
+
+def _node(site: str, index: int) -> str:
+    """A name for a tree node: ordered, and without the slash that a path would split at."""
+    return f"{index:04d} {site.replace('/', '_')}" if site else f"{index:04d}"
+
+
+def _need_zarr() -> None:
+    try:
+        import zarr  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('saving and loading maps needs zarr: pip install "aiba[zarr]"') from error
+
+
+def _remove(path: Path) -> None:
+    import shutil
+
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+# ---- from a capture's accumulators to labelled arrays
+
+
+def build(capture: Capture, run: _Run, store: _Store) -> xr.DataArray | None:
+    """One site's labelled array, or None if nothing of it was kept in this run."""
+    if not store.values and not store.sums:
+        return None
+    if run.conditioning is None or capture.backbone is None:
+        return _build_plain(capture, store)
+    reduced = bool(store.sums)
+    values = np.stack([_values(store, branch, reduced) for branch in store.branches])  # [branch, (step), row, (head), ...]
+    if run.order is not None and len(run.order) == values.shape[1 if reduced else 2]:
+        values = np.take(values, run.order, axis=1 if reduced else 2)
+    if not reduced:
+        values = values.swapaxes(1, 2)  # prompt before step
+    # columns before positions: [branch, prompt, (step), (head), column, query]
+    values = values[..., None, :] if store.mode == "received" else values.swapaxes(-1, -2)
+    dims = ["branch", "prompt", *([] if reduced else ["step"]), *(["head"] if capture._heads == "all" else [])]
+    column = "key" if store.mode == "full" else "word"
+    values = store.lattice.place(values)
+    array = xr.DataArray(np.ascontiguousarray(values, dtype=np.float32), dims=[*dims, column, *store.lattice.dims])
+    array = array.assign_coords(store.lattice.coords())
+    array = array.assign_coords(_row_coords(run))
+    if column == "word":
+        array = array.assign_coords(word=store.names)
+        array = _blank_missing(array, run, store)
+    else:
+        array = array.assign_coords(_key_coords(run, store, array.sizes["key"]))
+    if not reduced:
+        array = array.assign_coords(_step_coords(capture, run, sorted(store.seen)))
+    array = array.assign_coords(branch=store.branches) if len(store.branches) > 1 else array.isel(branch=0)
+    array.name = "attention"
+    array.attrs.update(_provenance(capture, run, store))
+    return array
+
+
+def _values(store: _Store, branch: str, reduced: bool) -> np.ndarray:
+    if reduced:
+        weight = store.weight[branch]
+        return _numpy(store.sums[branch] / weight if weight else store.sums[branch])
+    return np.stack([_numpy(store.values[step, branch]) for step in sorted(store.seen)])
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.float32).numpy()
+
+
+def _build_plain(capture: Capture, store: _Store) -> xr.DataArray:
+    dims = ["batch", *(["head"] if capture._heads == "all" else []), "query", "key"]
+    if store.sums:
+        array = xr.DataArray(_numpy(store.sums[""] / store.weight[""]), dims=dims)
+    else:
+        calls = sorted(store.seen)
+        parts = [_numpy(store.values[call, ""]) for call in calls]
+        # a shape that changes between forwards is padded with NaN
+        shape = tuple(max(part.shape[axis] for part in parts) for axis in range(parts[0].ndim))
+        stacked = np.full((len(parts), *shape), np.nan, dtype=np.float32)
+        for target, part in zip(stacked, parts, strict=True):
+            target[tuple(slice(size) for size in part.shape)] = part
+        array = xr.DataArray(stacked, dims=["call", *dims], coords={"call": calls})
+    array.name = "attention"
+    array.attrs.update(_provenance(capture, None, store))
+    return array
+
+
+def _row_coords(run: _Run) -> dict[str, Any]:
+    conditioning = run.conditioning
+    assert conditioning is not None
+    prompts = [prompt for prompt in conditioning.prompts for _ in range(conditioning.waveforms)]
+    waveforms = list(range(conditioning.waveforms)) * len(conditioning.prompts)
+    if run.order is not None:
+        prompts = [prompts[row] for row in run.order]
+        waveforms = [waveforms[row] for row in run.order]
+    return {"prompt": ("prompt", prompts), "waveform": ("prompt", waveforms)}
+
+
+def _step_coords(capture: Capture, run: _Run, steps: Sequence[int]) -> dict[str, Any]:
+    coords: dict[str, Any] = {"step": ("step", list(steps))}
+    timesteps = [_scalar(run.steps[step].timestep) for step in steps]
+    sigmas = [_scalar(run.steps[step].sigma) for step in steps]
+    if all(value is not None for value in timesteps):
+        coords["timestep"] = ("step", np.asarray(timesteps, dtype=float))
+        if any(value is None for value in sigmas):
+            assert capture.backbone is not None
+            sigmas = [capture.backbone.sigma(capture.target, value) for value in timesteps if value is not None]
+    if all(value is not None for value in sigmas):
+        coords["sigma"] = ("step", np.asarray(sigmas, dtype=float))
+    return coords
+
+
+def _scalar(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return float(value.flatten()[0])
+    return float(value)
+
+
+def _blank_missing(array: xr.DataArray, run: _Run, store: _Store) -> xr.DataArray:
+    """NaN where a prompt does not contain a word; a group of other keys that it lacks holds no mass, which is 0."""
+    if not store.groups or run.conditioning is None:
+        return array
+    rows = [groups for groups in store.groups for _ in range(run.conditioning.waveforms)]
+    if run.order is not None:
+        rows = [rows[row] for row in run.order]
+    present = xr.DataArray(
+        [[name in groups or name.startswith("(") for name in store.names] for groups in rows], dims=["prompt", "word"]
+    )
+    return array if bool(present.all()) else array.where(present)
+
+
+def _key_coords(run: _Run, store: _Store, keys: int) -> dict[str, Any]:
+    """Token texts and roles along ``key``, per prompt, where the stream is known."""
+    coords: dict[str, Any] = {"key": np.arange(keys)}
+    assert run.conditioning is not None
+    stream = next((s for s in run.conditioning.streams if s.name == store.site.stream and s.length == keys), None)
+    if stream is not None:
+        rows = [row for row in range(len(stream.prompts)) for _ in range(run.conditioning.waveforms)]
+        if run.order is not None:
+            rows = [rows[row] for row in run.order]
+        coords["token"] = (("prompt", "key"), np.array([stream.tokens[row] for row in rows], dtype=str))
+        coords["role"] = (("prompt", "key"), np.array([stream.roles[row] for row in rows], dtype=str))
+    return coords
+
+
+def _provenance(capture: Capture, run: _Run | None, store: _Store) -> dict[str, Any]:
+    site = store.site
+    attrs: dict[str, Any] = {
+        "site": site.name,
+        "kernel": site.kernel,
+        "tag": site.tag.kind,
+        "stream": site.tag.stream or "",
+        "evidence": site.tag.evidence,
+        "model": type(capture.target).__name__,
+        "denoiser": type(capture._denoiser).__name__,
+        "backbone": capture.backbone.name if capture.backbone is not None else "",
+        "keep": capture._keep,
+        "pooling": capture._pooling if capture._keep == "pooled" else "",
+        "heads": capture._heads,
+        "branch": "+".join(store.branches),
+        "versions": " ".join(f"{name}={_version(name)}" for name in ("aiba", "torch", "diffusers", "transformers")),
+    }
+    if run is not None:
+        attrs["seconds_per_column"] = float(store.lattice.seconds_per_column)
+        attrs["time_start"] = float(store.lattice.start)
+        if run.seeds is not None:
+            attrs["seed"] = run.seeds[0] if len(run.seeds) == 1 else run.seeds
+    return attrs
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

@@ -1,0 +1,176 @@
+"""Sites: which module is calling, and what its projections read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from aiba_hooks.tagging import Source, Tag
+
+#: path components that wrappers insert and that say nothing about the model
+_WRAPPER_COMPONENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_MODULE_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+
+
+@dataclass
+class Site:
+    """One place where attention was seen.
+
+    Attributes
+    ----------
+    name : dotted module name relative to the denoiser; ``#0``, ``#1`` appended where one forward calls a kernel more than once
+    kernel : which kernel ran
+    tag : ``"cross"``, ``"self"``, ``"joint"`` or ``"unknown"``, with ``tag.stream`` and ``tag.evidence``
+    query_shape, key_shape : [batch, heads, tokens, head_dim] as last seen
+    calls : kernel calls seen
+    captured : whether maps of it are kept
+    reason : why not, or what is kept
+    check : largest error of the check column, relative to the largest output
+    row_sum : smallest and largest sum over all groups of a query; 1 but for masked rows, dropout and attention sinks
+    """
+
+    name: str
+    kernel: str
+    tag: Tag
+    query_shape: tuple[int, ...]
+    key_shape: tuple[int, ...]
+    calls: int = 0
+    captured: bool = False
+    reason: str = ""
+    check: float | None = None
+    row_sum: tuple[float, float] | None = None
+    module: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def evidence(self) -> str:
+        """What the tag was concluded from."""
+        return self.tag.evidence
+
+    @property
+    def stream(self) -> str | None:
+        """Token stream that the keys come from."""
+        return self.tag.stream
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Query and key shape."""
+        return self.query_shape, self.key_shape
+
+    def __str__(self) -> str:
+        state = "captured" if self.captured else f"not captured: {self.reason}"
+        stream = f" ({self.tag.stream})" if self.tag.stream else ""
+        queries, keys = self.query_shape[-2], self.key_shape[-2]
+        return f"{self.name or '(the module itself)'}: {self.tag.kind}{stream}, {queries}×{keys}, {self.kernel}; {state}"
+
+
+def site_names(root: nn.Module) -> dict[int, str]:
+    """id(module) → dotted name below ``root``, without the components that wrappers insert."""
+    names: dict[int, str] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        if id(module) in names:
+            return
+        names[id(module)] = name
+        for child_name, child in module.named_children():
+            hidden = child_name in _WRAPPER_COMPONENTS or (
+                child_name == "module" and type(module).__name__ in _MODULE_WRAPPERS
+            )
+            visit(child, name if hidden else f"{name}.{child_name}" if name else child_name)
+
+    visit(root, "")
+    return names
+
+
+def calling_module(names: Mapping[int, str], depth: int) -> tuple[str, Any] | None:
+    """The innermost module of ``names`` whose code is running: ``(name, module)``.
+
+    Frames are read rather than forward hooks set on every module: a hook costs every module on every forward, the walk
+    costs a few frames per attention call.
+    """
+    frame = sys._getframe(depth)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, nn.Module):
+                name = names.get(id(first))
+                if name is not None:
+                    return name, first
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def attention_like(root: nn.Module) -> Iterator[tuple[str, str]]:
+    """Modules that look like attention by class name: only to say in an error what was expected to be seen."""
+    for name, module in root.named_modules():
+        kind = type(module).__name__
+        if "attention" in kind.lower() or kind.lower().endswith("attn"):
+            yield name, kind
+
+
+class SourceWatch:
+    """Remembers which tensors the projections of a site read, for tags. Used during the first forward only.
+
+    Tensors are held until the next site is reached: a freed one's memory could be taken for another's.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._read: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._handles = [
+            module.register_forward_hook(self._hook)
+            for module in root.modules()
+            if not any(True for _ in module.children()) and _is_projection(module)
+        ]
+        self.enabled = False
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.enabled and args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
+            self._read[id(module)] = (args[0], output)
+
+    def sources(self, site: nn.Module, arguments: Mapping[str, Any]) -> list[Source]:
+        """Distinct tensors that the projections below ``site`` read, in reading order; those of other sites are forgotten."""
+        below = {id(module): name for name, module in site.named_modules()}
+        self._read = {key: value for key, value in self._read.items() if key in below}
+        produced = {_key(output) for _, output in self._read.values()}
+        found: dict[tuple[int, int], Source] = {}
+        for key, (tensor, _) in self._read.items():
+            if _key(tensor) in produced:
+                continue  # the output of another projection of this site (a low-rank adapter's second half)
+            if _key(tensor) in found:
+                found[_key(tensor)].projection += f", {below[key]}"
+            else:
+                found[_key(tensor)] = Source(tensor, below[key] or type(site).__name__, _argument_name(tensor, arguments))
+        return list(found.values())
+
+    def forget(self) -> None:
+        """Drop what is held."""
+        self._read.clear()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.forget()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _is_projection(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.ndim >= 2 and not isinstance(module, nn.Embedding)
+
+
+def _key(tensor: torch.Tensor) -> tuple[int, int]:
+    """Identity by memory: a view of the same data from the same place is the same source."""
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+
+
+def _argument_name(tensor: torch.Tensor, arguments: Mapping[str, Any]) -> str | None:
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.numel() and _key(value) == _key(tensor):
+            return name
+    return None
