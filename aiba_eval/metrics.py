@@ -156,6 +156,8 @@ def iou_curve(saliency: ArrayLike, mask: ArrayLike, thresholds: ArrayLike = THRE
     """:func:`iou` at each threshold, shape (thresholds,)."""
     values, target = validate(saliency, mask)
     taus = np.asarray(thresholds, float)
+    if taus.ndim != 1:
+        raise ValueError(f"thresholds must be a sequence, got shape {taus.shape}")
     if _trivial(target):
         return np.full(taus.shape, np.nan)
     on = normalise(values) > taus[:, None, None]
@@ -167,14 +169,16 @@ def iou_area(saliency: ArrayLike, mask: ArrayLike, thresholds: ArrayLike = THRES
 
     Free of the choice of one threshold. At least two ascending thresholds. In [0, 1]; ``nan`` as :func:`iou`.
     """
-    return _mean_over(iou_curve(saliency, mask, thresholds), thresholds)
+    return curve_area(iou_curve(saliency, mask, thresholds), thresholds)
 
 
-def _mean_over(curve: Floats, thresholds: ArrayLike) -> float:
+def curve_area(curve: ArrayLike, thresholds: ArrayLike) -> float:
+    """Trapezoidal integral of a curve over ascending thresholds, divided by their range."""
+    values = np.asarray(curve, float)
     taus = np.asarray(thresholds, float)
     if taus.ndim != 1 or taus.size < 2 or np.any(np.diff(taus) <= 0):
         raise ValueError(f"thresholds must be at least two ascending numbers, got {taus.tolist()}")
-    return float(((curve[1:] + curve[:-1]) / 2 * np.diff(taus)).sum() / (taus[-1] - taus[0]))
+    return float(((values[1:] + values[:-1]) / 2 * np.diff(taus)).sum() / (taus[-1] - taus[0]))
 
 
 def precision_recall_f1(saliency: ArrayLike, mask: ArrayLike, threshold: float = 0.5) -> tuple[float, float, float]:

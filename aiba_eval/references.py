@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aiba_eval import metrics
-from aiba_eval.grid import MelGrid, area_matrix, linear_matrix
+from aiba_eval.grid import LOG_FLOOR, MelGrid, area_matrix, linear_matrix
 
 Floats = NDArray[np.float64]
 
@@ -120,7 +120,7 @@ def chance(
     densities = [float((normalised > tau).mean()) for tau in np.asarray(thresholds, float)]
     levels.update(
         iou=chance_iou(p, q),
-        iou_area=metrics._mean_over(np.array([chance_iou(p, d) for d in densities]), thresholds),
+        iou_area=metrics.curve_area(np.array([chance_iou(p, d) for d in densities]), thresholds),
         precision=p if q > 0 else nan,
         recall=q,
         f1=chance_f1(p, q),
@@ -172,9 +172,8 @@ def mix_energy(
         return grid.power(waveform, sample_rate).astype(float)
     if scale != "log":
         raise ValueError(f"scale must be 'log' or 'power', got {scale!r}")
-    from aiba_eval.grid import LOG_FLOOR
-
-    return np.maximum(grid.spectrogram(waveform, sample_rate).astype(float) - np.log(LOG_FLOOR), 0.0)
+    log_mel = grid.spectrogram(waveform, sample_rate)
+    return (log_mel - np.log(LOG_FLOOR, dtype=np.float32)).astype(float)  # in float32: silence is exactly zero
 
 
 def class_prior(masks: Iterable[ArrayLike], *, frequency_only: bool = True) -> Floats:

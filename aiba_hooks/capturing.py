@@ -179,7 +179,7 @@ class Capture:
         self._held = 0
         self._forward_calls: dict[str, int] = {}
         self._arguments: Mapping[str, Any] = {}
-        self._outside = 0
+        self._adapters: dict[Any, Kernel] = {}
         self._maps: AttentionMaps | None = None
         self._failed: BaseException | None = None
 
@@ -231,7 +231,7 @@ class Capture:
             self._names = site_names(denoiser)
             self._forward_signature = inspect.signature(type(denoiser).forward)
             stack.callback(self._restore_late_imports, set(sys.modules))
-            for key in interception.intercept(kernels, list(denoiser.modules())):
+            for key in interception.intercept(kernels, list(denoiser.modules()), self._adapters):
                 stack.callback(interception.PATCHES.release, key)
             self._watch = SourceWatch(denoiser)
             stack.callback(self._watch.close)
@@ -305,7 +305,10 @@ class Capture:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self not in interception.ACTIVE.get():
             return
-        bound = self._forward_signature.bind(module, *args, **kwargs)
+        try:
+            bound = self._forward_signature.bind(module, *args, **kwargs)
+        except TypeError:
+            return  # the forward will say so itself
         bound.apply_defaults()
         self._arguments = bound.arguments
         if not self._runs:
@@ -391,12 +394,12 @@ class Capture:
             self._runs[-1].seeds = _seeds(arguments.get("generator"))
 
     def observe(
-        self, kernel: Kernel, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """One kernel call of this context, after the model's own."""
+        kernel = self._adapters.get(function)
         where = calling_module(self._names, 3)
-        if where is None:
-            self._outside += 1
+        if kernel is None or where is None:
             return
         call = kernel.read(function, kernel.bind(function, args, kwargs), output)
         if call is None:

@@ -24,7 +24,7 @@ class Listener(Protocol):
 
     listening: bool
 
-    def observe(self, kernel: Kernel, function: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None: ...
+    def observe(self, function: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None: ...
 
 
 #: the captures of this context, outermost first
@@ -92,7 +92,7 @@ PATCHES = Patches()
 _WRAPPERS: dict[int, tuple[Any, Any]] = {}  # id(original) -> (original, wrapper); originals live as long as their module
 
 
-def wrapper_of(kernel: Kernel, original: Callable[..., Any]) -> Callable[..., Any]:
+def wrapper_of(original: Callable[..., Any]) -> Callable[..., Any]:
     """The one interceptor of ``original``: runs it untouched, then tells the listeners of this context."""
     known = _WRAPPERS.get(id(original))
     if known is not None and known[0] is original:
@@ -110,7 +110,7 @@ def wrapper_of(kernel: Kernel, original: Callable[..., Any]) -> Callable[..., An
         try:
             output = original(*args, **kwargs)
             for listener in listeners:
-                listener.observe(kernel, original, args, kwargs, output)
+                listener.observe(original, args, kwargs, output)
         finally:
             _BUSY.reset(token)
         return output
@@ -173,10 +173,13 @@ def attributes(functions: Iterable[Any], modules: Iterable[Any]) -> Iterator[tup
                 yield cls, name, value
 
 
-def intercept(kernels: Iterable[Kernel], target_modules: Iterable[Any]) -> Iterator[tuple[int, str]]:
+def intercept(
+    kernels: Iterable[Kernel], target_modules: Iterable[Any], adapters: dict[Any, Kernel]
+) -> Iterator[tuple[int, str]]:
     """Install every binding of the kernels, and every name that holds one of their functions by value.
 
-    Yields a key for ``PATCHES.release`` after each replacement, so that a failure halfway can be rolled back.
+    Yields a key for ``PATCHES.release`` after each replacement, so that a failure halfway can be rolled back. ``adapters``
+    is filled with the kernel that reads each original function.
     """
     wrappers: dict[int, tuple[Any, Any]] = {}
     for kernel in kernels:
@@ -186,7 +189,8 @@ def intercept(kernels: Iterable[Kernel], target_modules: Iterable[Any]) -> Itera
                 continue
             namespace, name, value = found
             original = original_of(value)
-            wrapper = wrapper_of(kernel, original)
+            wrapper = wrapper_of(original)
+            adapters.setdefault(original, kernel)
             wrappers[id(original)] = (original, wrapper)
             yield PATCHES.acquire(namespace, name, original, wrapper)
     originals = [original for original, _ in wrappers.values()]
@@ -199,7 +203,9 @@ def intercept(kernels: Iterable[Kernel], target_modules: Iterable[Any]) -> Itera
         _, wrapper = wrappers[id(original)]
         if held is wrapper and not PATCHES.replaced(namespace, name):
             continue  # imported by value during an earlier capture: it already is the interceptor
-        replacement: Any = staticmethod(wrapper) if isinstance(value, staticmethod) else wrapper
+        # a builtin in a class is not bound to instances; our Python function would be
+        unbound = isinstance(value, staticmethod) or (isinstance(namespace, type) and not hasattr(value, "__get__"))
+        replacement: Any = staticmethod(wrapper) if unbound else wrapper
         yield PATCHES.acquire(namespace, name, value, replacement)
 
 

@@ -86,15 +86,13 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
             raise FileExistsError(f"{path} exists; remove it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         # written under another name first: what stands at `path` is whole
-        partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+        partial = path.with_name(f".{path.name}.partial")
         _remove(partial)
+        self.tree.to_zarr(partial, consolidated=False)
         if path.suffix == ".zip":
-            from zarr.storage import ZipStore
-
-            with ZipStore(partial, mode="w") as store:
-                self.tree.to_zarr(store, consolidated=False)
-        else:
-            self.tree.to_zarr(partial, consolidated=False)
+            folder, partial = partial, path.with_name(f".{path.name}.zipping")
+            _archive(folder, partial)
+            _remove(folder)
         partial.rename(path)
         return path
 
@@ -169,6 +167,16 @@ def _need_zarr() -> None:
         import zarr  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('saving and loading maps needs zarr: pip install "aiba[zarr]"') from error
+
+
+def _archive(folder: Path, path: Path) -> None:
+    """One uncompressed zip of a zarr folder (its chunks are compressed already)."""
+    import zipfile
+
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder).as_posix())
 
 
 def _remove(path: Path) -> None:

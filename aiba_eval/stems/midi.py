@@ -6,8 +6,8 @@ import bisect
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import mido
@@ -106,7 +106,7 @@ class Score:
         """Every part and how many notes it has, sorted by channel and program."""
         counts: dict[Part, int] = defaultdict(int)
         for note in self.notes:
-            counts[Part(note.channel, note.program)] += 1
+            counts[_part(note)] += 1
         return dict(sorted(counts.items()))
 
 
@@ -164,6 +164,11 @@ def read(data: bytes) -> Score:
     if not notes:
         raise MalformedMidi("the MIDI file holds no notes")
     return Score(file.ticks_per_beat, tuple(sorted(notes)), tuple(events), end)
+
+
+def only(score: Score, instruments: Collection[str]) -> Score:
+    """A piece without the notes of all other instruments; it is as long as before."""
+    return replace(score, notes=tuple(note for note in score.notes if _part(note).instrument in instruments))
 
 
 def cut(score: Score, start: float, seconds: float) -> Score:
@@ -237,7 +242,7 @@ def busiest(score: Score, seconds: float, *, step: float = 0.5, share: float = 0
     width = round(seconds / cell)
     playing: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(int(score.length / cell) + 1, dtype=bool))
     for note in score.notes:
-        part = Part(note.channel, note.program)
+        part = _part(note)
         start, end = score.seconds(note.start), score.seconds(note.end)
         end = max(end, start + 0.25) if part.is_drum else end
         playing[part.instrument][int(start / cell) : int(end / cell) + 1] = True
@@ -246,6 +251,10 @@ def busiest(score: Score, seconds: float, *, step: float = 0.5, share: float = 0
     coverage = (counts[:, np.minimum(starts + width, counts.shape[1] - 1)] - counts[:, starts]) / width
     rank = np.lexsort((starts, -coverage.sum(axis=0), -(coverage >= share).sum(axis=0)))
     return float(starts[rank[0]] * cell)
+
+
+def _part(note: Note) -> Part:
+    return Part(note.channel, note.program)
 
 
 def _state(messages: Iterable[mido.Message]) -> list[mido.Message]:
@@ -285,7 +294,7 @@ def _messages(score: Score, part: Part) -> list[tuple[int, int, mido.Message]]:
             continue
         found.append((tick, 2, message))
     for note in score.notes:
-        if (note.channel, note.program) == part:
+        if _part(note) == part:
             on = mido.Message("note_on", channel=note.channel, note=note.pitch, velocity=note.velocity)
             off = mido.Message("note_off", channel=note.channel, note=note.pitch)
             found += [(note.start, 3, on), (note.end, 1, off)]

@@ -18,7 +18,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +129,9 @@ class _Settings:
     start_seconds: float | Literal["busiest"]
     balance: Literal["slakh", "midi"]
     require: tuple[frozenset[str], ...]
+    instruments: Mapping[str, frozenset[str]]  # by a piece's label; a piece that is not here keeps all of its own
     min_notes: int
+    bits: int
 
 
 class _Skip(Exception):
@@ -146,10 +148,11 @@ def render(
     max_seconds: float | None = None,
     start_seconds: float | Literal["busiest"] = 0.0,
     max_pieces: int | None = None,
-    only: Sequence[str] | None = None,
+    only: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     require: Sequence[str] = (),
     balance: Literal["slakh", "midi"] = "slakh",
     min_notes: int = 8,
+    bits: int = 16,
     jobs: int | None = None,
     cache: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -176,14 +179,18 @@ def render(
     max_pieces
         Stop when the set has so many.
     only
-        Render these pieces and no others, named by their labels: `freedoom/freedoom1.wad/D_E1M1`. The others still
-        count towards what is the same tune.
+        Render these pieces and no others, named by their labels: `freedoom/freedoom1.wad/D_E1M1`. A mapping from labels
+        to instrument words also leaves the pieces' other instruments out. Pieces that are not rendered still count
+        towards what is the same tune.
     require
         Instrument words (`slakh.WORDS`) that a piece must have, each a single one or alternatives: `"guitar|piano"`.
     balance
         "slakh" brings each stem to −13 LUFS, as Slakh does; "midi" leaves the loudness that the piece gives it.
     min_notes
         Parts with fewer notes than this, in what is rendered, are left out.
+    bits
+        Resolution of the samples. Below 16 they are multiples of a larger step, which FLAC stores in that many bits
+        less: a set to be shipped gets smaller by that much noise.
     jobs
         Parts rendered at the same time; None is one per processor.
     cache
@@ -213,7 +220,9 @@ def render(
         start_seconds=start_seconds,
         balance=balance,
         require=_requirements(require),
+        instruments={label: _words(only[label]) for label in only} if isinstance(only, Mapping) else {},
         min_notes=min_notes,
+        bits=bits,
     )
     _check(settings)
     found = [music.find(source) for source in sources]
@@ -267,6 +276,8 @@ def _check(settings: _Settings) -> None:
         raise StemsError(f"sample_rate is one of {', '.join(map(str, SAMPLE_RATES))}, not {settings.sample_rate}")
     if settings.max_seconds is not None and not 1.0 <= settings.max_seconds <= LONGEST:
         raise StemsError(f"max_seconds is between 1 and {LONGEST:.0f}, not {settings.max_seconds}")
+    if not 8 <= settings.bits <= 16:
+        raise StemsError(f"bits is between 8 and 16, not {settings.bits}")
     if settings.balance not in ("slakh", "midi"):
         raise StemsError(f"balance is 'slakh' or 'midi', not {settings.balance!r}")
     start = settings.start_seconds
@@ -278,11 +289,14 @@ def _check(settings: _Settings) -> None:
 
 
 def _requirements(require: Sequence[str]) -> tuple[frozenset[str], ...]:
-    groups = tuple(frozenset(words.split("|")) for words in ([require] if isinstance(require, str) else require))
-    unknown = sorted(word for group in groups for word in group if word not in slakh.WORDS)
+    return tuple(_words(words.split("|")) for words in ([require] if isinstance(require, str) else require))
+
+
+def _words(words: Sequence[str]) -> frozenset[str]:
+    unknown = sorted(set(words) - set(slakh.WORDS))
     if unknown:
-        raise StemsError(f"require: {unknown[0]!r} is no instrument; there are {', '.join(slakh.WORDS)}")
-    return groups
+        raise StemsError(f"{unknown[0]!r} is no instrument; there are {', '.join(slakh.WORDS)}")
+    return frozenset(words)
 
 
 def _candidates(found: Sequence[music.Source], cache: Path) -> tuple[list[_Candidate], list[tuple[str, str]]]:
@@ -304,7 +318,7 @@ def _candidates(found: Sequence[music.Source], cache: Path) -> tuple[list[_Candi
     ], skipped
 
 
-def _choose(candidates: list[_Candidate], only: Sequence[str] | None) -> list[_Candidate]:
+def _choose(candidates: list[_Candidate], only: Collection[str] | None) -> list[_Candidate]:
     if only is None:
         return candidates
     unknown = sorted(set(only) - {candidate.source.name for candidate in candidates})
@@ -324,6 +338,8 @@ def _same_settings(root: Path, settings: _Settings, candidates: list[_Candidate]
         "start_seconds": settings.start_seconds,
         "balance": settings.balance,
         "min_notes": settings.min_notes,
+        "bits": settings.bits,
+        "instruments": {label: sorted(words) for label, words in sorted(settings.instruments.items())},
         "require": [sorted(words) for words in settings.require],
         "music_md5": digest,
     }
@@ -364,16 +380,20 @@ def _render_piece(root: Path, candidate: _Candidate, settings: _Settings, pool: 
     _Skip
         If it lacks what is required of it.
     """
-    start, score, seconds = _window(candidate.score, settings)
+    chosen = settings.instruments.get(candidate.source.name)
+    score = candidate.score if chosen is None else midi.only(candidate.score, chosen)
+    start, seconds = _window(score, settings)
+    score = midi.cut(score, start, seconds)
     parts = [part for part, count in score.parts().items() if count >= settings.min_notes]
-    _has_required(parts, settings)
+    required = settings.require + tuple(frozenset([word]) for word in sorted(chosen or ()))
+    _has_required(parts, required, settings)
 
     partial = root / f"{PARTIAL}{candidate.name}"
     partial.mkdir()
     try:
         (partial / "MIDI").mkdir()
         (partial / "stems").mkdir()
-        whole = settings.max_seconds is None and start == 0
+        whole = settings.max_seconds is None and start == 0 and chosen is None
         (partial / "all_src.mid").write_bytes(candidate.source.data if whole else midi.write(score, parts, fade=0.0))
         names = [f"S{number:02d}" for number in range(len(parts))]
         for name, part in zip(names, parts):
@@ -386,7 +406,7 @@ def _render_piece(root: Path, candidate: _Candidate, settings: _Settings, pool: 
             return _resample(audio, settings.sample_rate)
 
         levels, stems, mix, gain = _mix(list(pool.map(sound, names)), settings)
-        _has_required([part for part, stem in zip(parts, stems) if stem is not None], settings)
+        _has_required([part for part, stem in zip(parts, stems) if stem is not None], required, settings)
         for name, stem in zip(names, stems):
             if stem is not None:
                 _write_flac(partial / "stems" / f"{name}.flac", stem, settings.sample_rate)
@@ -404,8 +424,8 @@ def _render_piece(root: Path, candidate: _Candidate, settings: _Settings, pool: 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _window(score: midi.Score, settings: _Settings) -> tuple[float, midi.Score, float]:
-    """(where it begins, the cut piece, how long it is), the times in seconds."""
+def _window(score: midi.Score, settings: _Settings) -> tuple[float, float]:
+    """Where to cut a piece: (start, length) in seconds."""
     if settings.start_seconds == "busiest":
         start = midi.busiest(score, settings.max_seconds or 0.0)
     else:
@@ -417,12 +437,12 @@ def _window(score: midi.Score, settings: _Settings) -> tuple[float, midi.Score, 
         seconds = min(seconds, settings.max_seconds)
     if seconds > LONGEST:
         raise _Skip(f"lasts {seconds:.0f} s, over the limit of {LONGEST:.0f}: set max_seconds")
-    return start, midi.cut(score, start, seconds), seconds
+    return start, seconds
 
 
-def _has_required(parts: Sequence[midi.Part], settings: _Settings) -> None:
+def _has_required(parts: Sequence[midi.Part], required: Sequence[frozenset[str]], settings: _Settings) -> None:
     words = {part.instrument for part in parts}
-    for group in settings.require:
+    for group in required:
         if not group & words:
             raise _Skip(f"has no {' or '.join(sorted(group))}")
     if len(parts) < 2:
@@ -440,7 +460,7 @@ def _mix(
 ) -> tuple[list[float], list[NDArray[np.int16] | None], NDArray[np.int16], float]:
     """Balance the stems and add them up.
 
-    The stems are rounded to 16 bits first and the mix is the sum of what was rounded: the files add up exactly.
+    The stems are rounded first and the mix is the sum of what was rounded: the files add up exactly.
 
     Parameters
     ----------
@@ -469,7 +489,10 @@ def _mix(
     # a stem may be louder than the mix, where others cancel it
     peak = max(float(np.abs(wave).max()) for wave in (*heard, np.sum(heard, axis=0)))
     gain = PEAK / peak
-    stems = [None if stem is None else np.rint(stem * (gain * 32768)).astype(np.int16) for stem in balanced]
+    step = 1 << (16 - settings.bits)
+    stems = [
+        None if stem is None else (np.rint(stem * (gain * 32768 / step)) * step).astype(np.int16) for stem in balanced
+    ]
     mix: NDArray[np.int16] = np.asarray(
         sum(stem.astype(np.int32) for stem in stems if stem is not None), dtype=np.int16
     )

@@ -1,0 +1,198 @@
+"""Pipelines by name: a registered model, a folder, or a hub id.
+
+Only safetensors weights are read, and no code that comes with a model is run: a folder or repository that holds Python
+files is refused. Loading a plugin's model runs that plugin, which the user has installed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from aiba_hooks import Model
+
+Origin = Literal["plugin", "folder", "hub"]
+
+#: what --dtype accepts, and torch's name for it
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_INDEX = "model_index.json"
+
+
+class CannotLoad(Exception):
+    """A model cannot be loaded. The message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline and where it comes from.
+
+    Attributes
+    ----------
+    name
+        As asked for.
+    pipeline
+        Ready to be called: on its device, with the dtype asked for, in eval mode.
+    origin
+        "plugin" (the hook ``aiba_models``), "folder" or "hub".
+    trained
+        False if its weights are known to be random; True otherwise.
+    device, dtype
+        As chosen.
+    """
+
+    name: str
+    pipeline: Any
+    origin: Origin
+    trained: bool
+    device: str
+    dtype: str
+
+
+def models() -> list[Model]:
+    """Models that plugins offer by name, in the order in which they are looked up."""
+    from aiba_hooks.plugins import manager
+
+    return manager().collect("aiba_models")
+
+
+def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Load a pipeline.
+
+    A registered model of that name comes first, then a folder with a ``model_index.json`` (as diffusers'
+    ``save_pretrained`` writes it), then a hub id ``owner/name``.
+
+    Parameters
+    ----------
+    name : str
+    device : str
+        A torch device such as ``"cuda:1"``, or ``"auto"``: a CUDA GPU if there is one, else the CPU.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        ``"auto"`` is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises
+    ------
+    CannotLoad
+        Nothing of that name can be loaded, a package is missing, or the device or dtype does not exist.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise CannotLoad(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+    known = models()
+    chosen = next((model for model in known if model.name == name), None)
+    origin: Origin = "plugin"
+    folder = Path(name).expanduser()
+    try:
+        if chosen is not None:
+            pipeline = chosen.load()
+        elif folder.exists():
+            origin, pipeline = "folder", _from_folder(folder, name)
+        elif _HUB_ID.fullmatch(name):
+            origin, pipeline = "hub", _from_hub(name)
+        else:
+            raise CannotLoad(_not_found(name, known))
+    except ModuleNotFoundError as error:
+        raise CannotLoad(_missing(name, error)) from error
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(disable=True)  # the caller shows its own
+    device, dtype = _place(pipeline, device, dtype)
+    return Loaded(name, pipeline, origin, chosen is None or chosen.trained, device, dtype)
+
+
+def sampling_rate(pipeline: Any) -> int:
+    """Hertz of the audio that a pipeline returns: its vocoder's or its autoencoder's.
+
+    Raises
+    ------
+    CannotLoad
+        Neither says.
+    """
+    for part in ("vocoder", "vae"):
+        module = getattr(pipeline, part, None)
+        for holder in (getattr(module, "config", None), module):
+            rate = getattr(holder, "sampling_rate", None)
+            if rate:
+                return int(rate)
+    raise CannotLoad(
+        f"{type(pipeline).__name__} does not say its sampling rate: neither its vocoder nor its vae has a sampling_rate"
+    )
+
+
+def _not_found(name: str, known: list[Model]) -> str:
+    registered = ", ".join(model.name for model in known) or "none"
+    if name.startswith("demo:") or (":" in name and "/" not in name):
+        return (
+            f"no model is named {name!r}. Registered: {registered}. `aiba plugins` shows what each plugin offers and "
+            "which plugins failed to load"
+        )
+    return (
+        f"{name!r} is no registered model ({registered}), no folder here, and no hub id (owner/name). Give the path of a "
+        f"folder with a {_INDEX}, as diffusers' save_pretrained writes it, or a hub id such as cvssp/audioldm2"
+    )
+
+
+def _missing(name: str, error: ModuleNotFoundError) -> str:
+    if "pip install" in str(error):
+        return str(error)
+    return f'loading {name!r} needs {error.name}, which is not installed: pip install "aiba[diffusers]"'
+
+
+def _from_folder(folder: Path, name: str) -> Any:
+    if not folder.is_dir() or not (folder / _INDEX).is_file():
+        kind = "a folder without" if folder.is_dir() else "a file, not a folder with"
+        raise CannotLoad(
+            f"{name!r} is {kind} a {_INDEX}. Give the folder that diffusers' save_pretrained wrote (the one that holds "
+            "unet/ or transformer/ beside vae/)"
+        )
+    code = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
+    if code:
+        raise CannotLoad(
+            f"{name!r} holds Python code ({', '.join(code[:3])}), which AIBA does not run. If you trust it, load the "
+            "pipeline in Python yourself and pass it to aiba_eval.run.run"
+        )
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CannotLoad(
+            f"{name!r} cannot be loaded: {_one_line(error)}. AIBA reads safetensors weights only; convert others with "
+            "diffusers' save_pretrained(safe_serialization=True)"
+        ) from error
+
+
+def _from_hub(name: str) -> Any:
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = DiffusionPipeline.download(name, use_safetensors=True)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise CannotLoad(
+            f"there is no folder {name!r} here, and it cannot be fetched from the hub: {_one_line(error)}. Check the "
+            "spelling and the connection; for a gated model run `hf auth login` first"
+        ) from error
+    return _from_folder(Path(folder), name)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _place(pipeline: Any, device: str, dtype: str) -> tuple[str, str]:
+    import torch
+
+    chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    kind = chosen.split(":")[0]
+    kind_dtype = dtype if dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    if not hasattr(pipeline, "to"):
+        return chosen, kind_dtype
+    try:
+        target = torch.device(chosen)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CannotLoad(f"device {device!r} cannot be used: {_one_line(error)}. Choose auto or cpu") from error
+    pipeline.to(target, getattr(torch, DTYPES[kind_dtype]))
+    return chosen, kind_dtype

@@ -1,0 +1,52 @@
+"""Fixtures: real pipelines of the real libraries, tiny and offline."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared_pipe():
+    from aiba_plugins.demo.random_audioldm2 import build
+
+    pipe = build()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(shared_pipe):
+    """A tiny random AudioLDM2Pipeline with the full topology, checked to be left as it was found."""
+    before = state(shared_pipe)
+    yield shared_pipe
+    assert state(shared_pipe) == before
+
+
+def state(pipe):
+    """What a capture could leave behind: hooks and instance attributes of every module, methods of the pipeline, SDPA."""
+    modules = [
+        (name, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(k for k in vars(m) if not k.startswith("_forward")))
+        for name, m in pipe.unet.named_modules()
+    ]
+    return modules, sorted(vars(pipe)), torch.nn.functional.scaled_dot_product_attention
+
+
+def generate(pipe, prompt, *, steps=2, seconds=0.64, seed=0, **options):
+    return pipe(
+        prompt,
+        num_inference_steps=steps,
+        audio_length_in_s=seconds,
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    ).audios
