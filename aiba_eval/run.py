@@ -26,6 +26,7 @@ from aiba_eval import figures, references, templates
 from aiba_eval.grid import MelGrid, project
 from aiba_eval.loading import Loaded, load, sampling_rate
 from aiba_eval.outputs import OutputFolder, write_csv
+from aiba_eval.probe import normalise
 from aiba_eval.scoring import Row, score
 
 if TYPE_CHECKING:
@@ -358,13 +359,6 @@ def band_templates(projected: DataArray, grid: MelGrid) -> dict[str, dict[str, N
         if masks:
             found[preset] = masks
     return found
-
-
-def normalise(audio: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mono, mean removed, peak 0.5: AudioLDM2's front end for training audio. Silence stays silence."""
-    wave = audio.mean(axis=0) if audio.ndim == 2 else audio
-    wave = wave - wave.mean()
-    return (wave / (np.abs(wave).max() + 1e-8) * 0.5).astype(np.float32)
 
 
 def score_bands(

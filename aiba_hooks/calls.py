@@ -28,6 +28,8 @@ class AttentionCall:
         own mask, bias, causality, scale and grouping, and without dropout
     dropout : the model's own dropout probability; the check column means nothing where it is not 0
     tolerance : what the check column may differ by, relative to the largest output; None takes the dtype's
+    reproduction : where ``output`` is not the model's own (kernels that show only what comes after their output projection):
+        the relative deviation [] of the module's final output made again, instead of the check column
     """
 
     kernel: str
@@ -38,6 +40,7 @@ class AttentionCall:
     again: Callable[[Tensor], Tensor]
     dropout: float = 0.0
     tolerance: float | None = None
+    reproduction: Callable[[], Tensor] | None = None
 
     @property
     def queries(self) -> int:
@@ -101,9 +104,7 @@ class AttentionCall:
         for start, stop, answer, error in self._asks(len(wanted), fill):
             yield wanted[start:stop], answer, error
 
-    def _asks(
-        self, count: int, fill: Callable[[Tensor, int, int], None]
-    ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    def _asks(self, count: int, fill: Callable[[Tensor, int, int], None]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Ask for ``count`` columns in as many calls as their width allows: ``(start, stop, answer, error)``.
 
         Columns are as wide as the values, because fused kernels limit or specialise on the head dimension. Column 0 of
@@ -114,14 +115,42 @@ class AttentionCall:
         while first or start < count:
             offset = 1 if first else 0
             stop = min(count, start + width - offset)
-            columns = torch.zeros_like(self.value, memory_format=torch.contiguous_format)
+            # a compiled kernel is specialised on the strides of its values
+            columns = torch.zeros_like(self.value)
             if first:
                 columns[..., 0] = self.value[..., 0]
             fill(columns[..., offset : offset + stop - start], start, stop)
             answer = self.again(columns)
-            error = deviation(answer[..., 0], self.output[..., 0]) if first else answer.new_zeros((), dtype=torch.float32)
+            error = self._error(answer[..., 0]) if first else answer.new_zeros((), dtype=torch.float32)
             yield start, stop, answer[..., offset : offset + stop - start], error
             start, first = stop, False
+
+    def _error(self, answer: Tensor) -> Tensor:
+        return deviation(answer, self.output[..., 0]) if self.reproduction is None else self.reproduction()
+
+    @classmethod
+    def from_probabilities(cls, kernel: str, probabilities: Tensor, dropout: float = 0.0) -> AttentionCall:
+        """A call of a function that returns its probabilities [batch, heads, Tq, Tk]: nothing to ask, nothing to check.
+
+        Query and key are empty stand-ins of the right shape (head_dim 0).
+        """
+        batch, heads, queries, keys = probabilities.shape
+        width = min(keys, 64)
+        value = probabilities.new_zeros(batch, heads, keys, width)
+
+        def again(values: Tensor) -> Tensor:
+            return probabilities @ values
+
+        return cls(
+            kernel,
+            probabilities.new_empty(batch, heads, queries, 0),
+            probabilities.new_empty(batch, heads, keys, 0),
+            value,
+            probabilities.new_zeros(batch, heads, queries, width),
+            again,
+            dropout,
+            reproduction=lambda: probabilities.new_zeros((), dtype=torch.float32),
+        )
 
 
 def deviation(answer: Tensor, output: Tensor) -> Tensor:

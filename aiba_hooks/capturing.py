@@ -208,7 +208,9 @@ class Capture:
             if not self._reduce or min(self._reduce) < 0 or not sum(self._reduce) > 0:
                 raise ValueError("reduce_steps weights must be non-negative and not all zero")
         if self._pooling == "weighted" and self._relevance is None:
-            raise ValueError("pooling='weighted' needs words as a mapping of word to relevance: words={'bass': 1.0, ...}")
+            raise ValueError(
+                "pooling='weighted' needs words as a mapping of word to relevance: words={'bass': 1.0, ...}"
+            )
         if self._keep == "pooled" and self._pooling == "mean" and self._words is None:
             raise DegeneratePooling(
                 "pooling='mean' without words is the mean over all keys, which is 1/Tk for every query whatever the model "
@@ -224,7 +226,9 @@ class Capture:
         self.backbone = self._find_backbone()
         denoiser = self.target if self.backbone is None else self.backbone.denoiser(self.target)
         if not isinstance(denoiser, nn.Module):
-            raise TypeError(f"the denoiser of {type(self.target).__name__} is no torch.nn.Module: {type(denoiser).__name__}")
+            raise TypeError(
+                f"the denoiser of {type(self.target).__name__} is no torch.nn.Module: {type(denoiser).__name__}"
+            )
         kernels: list[Kernel] = manager().collect("aiba_kernels")
         with ExitStack() as stack:
             self._denoiser = denoiser
@@ -319,9 +323,7 @@ class Capture:
         run = self._runs[-1]
         self._step, self._branch_rows = self._place_in_schedule(run)
         if self._step == len(run.steps):
-            run.steps.append(
-                self.backbone.step(self.target, self._arguments) if self.backbone is not None else Step()
-            )
+            run.steps.append(self.backbone.step(self.target, self._arguments) if self.backbone is not None else Step())
             if self._step == 0:
                 self._resolve_steps(run)
         self._forward_calls = {}
@@ -363,7 +365,9 @@ class Capture:
             run.selected = None if total is None else set(range(*self._steps.indices(stop)))
             return
         if total is None and min(self._steps) < 0:
-            raise ValueError(f"steps={list(self._steps)} counts from the end, but the number of steps is not known here")
+            raise ValueError(
+                f"steps={list(self._steps)} counts from the end, but the number of steps is not known here"
+            )
         chosen = {step + total if step < 0 and total is not None else step for step in self._steps}
         if total is not None and not all(0 <= step < total for step in chosen):
             raise ValueError(f"steps={list(self._steps)} reaches outside the {total} steps of this run")
@@ -393,9 +397,7 @@ class Capture:
         elif name == "prepare_latents" and self._runs:
             self._runs[-1].seeds = _seeds(arguments.get("generator"))
 
-    def observe(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def observe(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """One kernel call of this context, after the model's own."""
         kernel = self._adapters.get(function)
         where = calling_module(self._names, 3)
@@ -556,9 +558,7 @@ class Capture:
             selectors.refuse_degenerate(groups, call.keys, self._pooling, site.name)
         return store
 
-    def _reserve(
-        self, site: Site, store: _Store, call: AttentionCall, wanted: Mapping[str, Any], rows: int
-    ) -> None:
+    def _reserve(self, site: Site, store: _Store, call: AttentionCall, wanted: Mapping[str, Any], rows: int) -> None:
         """Account for what this call will add, and refuse before it is allocated."""
         if self._reduce is not False and store.seen:
             return  # added in place
@@ -575,9 +575,7 @@ class Capture:
             )
         self._held += need
 
-    def _ask(
-        self, store: _Store, call: AttentionCall, rows: int, run: _Run
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _ask(self, store: _Store, call: AttentionCall, rows: int, run: _Run) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(values, check error, row sums)``; values [rows, (heads), Tq, columns], or [rows, (heads), Tk] received."""
 
         def heads(answer: Tensor) -> Tensor:

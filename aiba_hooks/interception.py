@@ -36,7 +36,7 @@ _BUSY: ContextVar[bool] = ContextVar("aiba_busy", default=False)
 @dataclass
 class _Patch:
     namespace: Any
-    name: str
+    name: Any
     original: Any
     replacement: Any
     own: bool  # the attribute was in the namespace itself (else it was inherited and is deleted on restoring)
@@ -48,9 +48,9 @@ class Patches:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._table: dict[tuple[int, str], _Patch] = {}
+        self._table: dict[tuple[int, Any], _Patch] = {}
 
-    def acquire(self, namespace: Any, name: str, original: Any, replacement: Any) -> tuple[int, str]:
+    def acquire(self, namespace: Any, name: Any, original: Any, replacement: Any) -> tuple[int, Any]:
         """Replace ``namespace.name`` (or count one more user of the replacement)."""
         key = (id(namespace), name)
         with self._lock:
@@ -62,7 +62,7 @@ class Patches:
             patch.users += 1
         return key
 
-    def release(self, key: tuple[int, str]) -> None:
+    def release(self, key: tuple[int, Any]) -> None:
         """Give up one use; the last one restores what was there."""
         with self._lock:
             patch = self._table[key]
@@ -83,13 +83,15 @@ class Patches:
             else:
                 _delete(patch.namespace, patch.name)
 
-    def replaced(self, namespace: Any, name: str) -> bool:
+    def replaced(self, namespace: Any, name: Any) -> bool:
         """Whether ``namespace.name`` is at present replaced by us."""
         return (id(namespace), name) in self._table
 
 
 PATCHES = Patches()
-_WRAPPERS: dict[int, tuple[Any, Any]] = {}  # id(original) -> (original, wrapper); originals live as long as their module
+_WRAPPERS: dict[
+    int, tuple[Any, Any]
+] = {}  # id(original) -> (original, wrapper); originals live as long as their module
 
 
 def wrapper_of(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,21 +124,6 @@ def wrapper_of(original: Callable[..., Any]) -> Callable[..., Any]:
 def all_wrappers() -> list[tuple[Any, Any]]:
     """``(original, wrapper)`` pairs made so far in this process."""
     return list(_WRAPPERS.values())
-
-
-def resolve(binding: str) -> tuple[Any, str, Any] | None:
-    """``"module:attribute"`` as (namespace, name, current value), or None if that module is not imported."""
-    path, _, attribute = binding.partition(":")
-    namespace: Any = sys.modules.get(path)
-    if namespace is None:
-        return None
-    *outer, name = attribute.split(".")
-    for part in outer:
-        namespace = getattr(namespace, part, None)
-        if namespace is None:
-            return None
-    value = getattr(namespace, name, None)
-    return None if value is None else (namespace, name, value)
 
 
 def original_of(function: Any) -> Any:
@@ -175,19 +162,16 @@ def attributes(functions: Iterable[Any], modules: Iterable[Any]) -> Iterator[tup
 
 def intercept(
     kernels: Iterable[Kernel], target_modules: Iterable[Any], adapters: dict[Any, Kernel]
-) -> Iterator[tuple[int, str]]:
+) -> Iterator[tuple[int, Any]]:
     """Install every binding of the kernels, and every name that holds one of their functions by value.
 
     Yields a key for ``PATCHES.release`` after each replacement, so that a failure halfway can be rolled back. ``adapters``
     is filled with the kernel that reads each original function.
     """
     wrappers: dict[int, tuple[Any, Any]] = {}
+    modules = list(target_modules)
     for kernel in kernels:
-        for binding in kernel.bindings:
-            found = resolve(binding)
-            if found is None:
-                continue
-            namespace, name, value = found
+        for namespace, name, value in list(kernel.places(modules)):
             original = original_of(value)
             wrapper = wrapper_of(original)
             adapters.setdefault(original, kernel)
@@ -196,7 +180,7 @@ def intercept(
     originals = [original for original, _ in wrappers.values()]
     by_wrapper = {id(wrapper): original for original, wrapper in wrappers.values()}
     everywhere = [*originals, *(wrapper for _, wrapper in wrappers.values())]
-    places = [*importers(everywhere, _modules()), *attributes(everywhere, target_modules)]
+    places = [*importers(everywhere, _modules()), *attributes(everywhere, modules)]
     for namespace, name, value in places:
         held = value.__func__ if isinstance(value, staticmethod) else value
         original = by_wrapper.get(id(held), held)
@@ -211,23 +195,25 @@ def intercept(
 
 def _modules() -> list[ModuleType]:
     """Imported modules whose globals may hold a kernel; torch's own look theirs up by attribute."""
-    return [module for name, module in list(sys.modules.items()) if module is not None and not name.startswith("torch.")]
+    return [
+        module for name, module in list(sys.modules.items()) if module is not None and not name.startswith("torch.")
+    ]
 
 
 def _dict_of(namespace: Any) -> Any:
-    return getattr(namespace, "__dict__", {})
+    return namespace if isinstance(namespace, dict) else getattr(namespace, "__dict__", {})
 
 
-def _set(namespace: Any, name: str, value: Any) -> None:
+def _set(namespace: Any, name: Any, value: Any) -> None:
     # instances of nn.Module are written past __setattr__, which would look for parameters and modules
     if isinstance(namespace, (ModuleType, type)):
         setattr(namespace, name, value)
     else:
-        namespace.__dict__[name] = value
+        _dict_of(namespace)[name] = value
 
 
-def _delete(namespace: Any, name: str) -> None:
+def _delete(namespace: Any, name: Any) -> None:
     if isinstance(namespace, (ModuleType, type)):
         delattr(namespace, name)
     else:
-        del namespace.__dict__[name]
+        del _dict_of(namespace)[name]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,24 @@ class Kernel:
     name: str = "kernel"
     bindings: tuple[str, ...] = ()
     signature: inspect.Signature | None = None
+
+    def places(self, modules: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
+        """Every ``(namespace, name, function)`` where the kernel is looked up: an attribute of a module or class, or an item
+        of a dict (a registry). Default: ``bindings``. Names that hold one of these functions by value are found without this.
+
+        Parameters
+        ----------
+        modules : the torch modules of the target, for kernels that live in the files which define their classes
+        """
+        for binding in self.bindings:
+            path, _, attribute = binding.partition(":")
+            namespace: Any = sys.modules.get(path)
+            *outer, name = attribute.split(".")
+            for part in outer:
+                namespace = getattr(namespace, part, None)
+            function = getattr(namespace, name, None)
+            if namespace is not None and function is not None:
+                yield namespace, name, function
 
     def read(self, function: Callable[..., Any], arguments: Mapping[str, Any], output: Any) -> AttentionCall | None:
         """Normalise one invocation, or None if this call is no softmax attention.

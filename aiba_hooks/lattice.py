@@ -45,7 +45,9 @@ class Lattice:
 
     def __post_init__(self) -> None:
         if self.axes not in (("time", "frequency"), ("frequency", "time"), ("time",)):
-            raise ValueError(f"axes must be ('time', 'frequency'), ('frequency', 'time') or ('time',), got {self.axes!r}")
+            raise ValueError(
+                f"axes must be ('time', 'frequency'), ('frequency', 'time') or ('time',), got {self.axes!r}"
+            )
         if len(self.shape) != len(self.axes) or min(self.shape) < 1:
             raise ValueError(f"shape {self.shape} does not give one positive size for each of the axes {self.axes}")
         if not self.seconds_per_column > 0:
@@ -62,9 +64,10 @@ class Lattice:
             raise ValueError("a lattice with a frequency axis needs frequency_edges (hertz, one more than its bands)")
         object.__setattr__(self, "frequency_edges", tuple(float(edge) for edge in self.frequency_edges))
         steps = np.diff(self.frequency_edges)
-        if len(steps) != self.bands or not (np.all(steps > 0) or np.all(steps < 0)):
+        bands = self.shape[self.axes.index("frequency")]
+        if len(steps) != bands or not (np.all(steps > 0) or np.all(steps < 0)):
             raise ValueError(
-                f"frequency_edges must be {self.bands + 1} strictly monotonic values for {self.bands} bands, "
+                f"frequency_edges must be {bands + 1} strictly monotonic values for {bands} bands, "
                 f"got {len(self.frequency_edges)}: {self.frequency_edges}"
             )
 

@@ -126,7 +126,7 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
                     raise ValueError(f"its layout is version {version}; this AIBA reads up to {FORMAT_VERSION}")
                 nodes = [node for node in tree.children.values() if "attention" in node.data_vars]
                 for node in sorted(nodes, key=lambda node: str(node.name)):
-                    arrays[str(node.attrs["site"])] = node["attention"].load()
+                    arrays[str(node.attrs["site"])] = node.to_dataset()["attention"].load()
         except Exception as error:
             raise ValueError(f"{path} holds no maps that AttentionMaps.save wrote: {error}") from error
         return cls(arrays)
@@ -145,9 +145,11 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
                         f"{site}: the pipeline calls of this capture have different lattices "
                         f"({parts[0].sizes['time']} and {other.sizes['time']} time columns); use one capture for each"
                     )
-            words = list(dict.fromkeys(str(w) for part in parts for w in part.coords["word"].values)) if "word" in parts[
-                0
-            ].dims else None
+            words = (
+                list(dict.fromkeys(str(w) for part in parts for w in part.coords["word"].values))
+                if "word" in parts[0].dims
+                else None
+            )
             joined[site] = xr.concat(
                 parts, dim="prompt", join="outer", fill_value=np.float32(np.nan), combine_attrs="override"
             )
@@ -198,7 +200,9 @@ def build(capture: Capture, run: _Run, store: _Store) -> xr.DataArray | None:
     if run.conditioning is None or capture.backbone is None:
         return _build_plain(capture, store)
     reduced = bool(store.sums)
-    values = np.stack([_values(store, branch, reduced) for branch in store.branches])  # [branch, (step), row, (head), ...]
+    values = np.stack(
+        [_values(store, branch, reduced) for branch in store.branches]
+    )  # [branch, (step), row, (head), ...]
     if run.order is not None and len(run.order) == values.shape[1 if reduced else 2]:
         values = np.take(values, run.order, axis=1 if reduced else 2)
     if not reduced:

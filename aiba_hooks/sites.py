@@ -65,7 +65,9 @@ class Site:
         state = "captured" if self.captured else f"not captured: {self.reason}"
         stream = f" ({self.tag.stream})" if self.tag.stream else ""
         queries, keys = self.query_shape[-2], self.key_shape[-2]
-        return f"{self.name or '(the module itself)'}: {self.tag.kind}{stream}, {queries}×{keys}, {self.kernel}; {state}"
+        return (
+            f"{self.name or '(the module itself)'}: {self.tag.kind}{stream}, {queries}×{keys}, {self.kernel}; {state}"
+        )
 
 
 def site_names(root: nn.Module) -> dict[int, str]:
@@ -144,7 +146,9 @@ class SourceWatch:
             if _key(tensor) in found:
                 found[_key(tensor)].projection += f", {below[key]}"
             else:
-                found[_key(tensor)] = Source(tensor, below[key] or type(site).__name__, _argument_name(tensor, arguments))
+                found[_key(tensor)] = Source(
+                    tensor, below[key] or type(site).__name__, _argument_name(tensor, arguments)
+                )
         return list(found.values())
 
     def forget(self) -> None:

@@ -93,7 +93,9 @@ class TokenStream:
         for row in range(len(self.prompts)):
             sizes = {len(self.tokens[row]), len(self.roles[row]), len(self.words[row]), self.length}
             if len(sizes) != 1:
-                raise ValueError(f"stream {self.name!r}: tokens, roles and words of prompt {row} differ in length: {sizes}")
+                raise ValueError(
+                    f"stream {self.name!r}: tokens, roles and words of prompt {row} differ in length: {sizes}"
+                )
             unknown = set(self.roles[row]) - set(ROLES)
             if unknown:
                 raise ValueError(f"stream {self.name!r}: unknown role {unknown.pop()!r}; roles are {', '.join(ROLES)}")
@@ -156,7 +158,9 @@ class TokenStream:
                     row_roles.append("word" if isinstance(aligned[position], int) else "other")
             roles.append(tuple(row_roles))
             words.append(
-                tuple(a if r == "word" and isinstance(a, int) else None for a, r in zip(aligned, row_roles, strict=True))
+                tuple(
+                    a if r == "word" and isinstance(a, int) else None for a, r in zip(aligned, row_roles, strict=True)
+                )
             )
             reached = {word for word in words[-1] if word is not None}
             lost.append(tuple(text for i, (text, _, _) in enumerate(split_words(prompt)) if i not in reached))
@@ -169,7 +173,9 @@ class TokenStream:
         """A stream of ``length`` keys that stand for no word (generated embeddings, timing tokens)."""
         rows = len(prompts)
         labels = tuple(f"{name} {i}" for i in range(length))
-        return cls(name, tuple(prompts), (labels,) * rows, ((role,) * length,) * rows, ((None,) * length,) * rows, argument)
+        return cls(
+            name, tuple(prompts), (labels,) * rows, ((role,) * length,) * rows, ((None,) * length,) * rows, argument
+        )
 
     def join(self, other: TokenStream, name: str | None = None, argument: str | None = None) -> TokenStream:
         """This stream followed by ``other`` along the key axis (Stable Audio: prompt, then seconds)."""

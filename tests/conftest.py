@@ -36,7 +36,12 @@ def pipe(shared_pipe):
 def state(pipe):
     """What a capture could leave behind: hooks and instance attributes of every module, methods of the pipeline, SDPA."""
     modules = [
-        (name, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(k for k in vars(m) if not k.startswith("_forward")))
+        (
+            name,
+            len(m._forward_hooks),
+            len(m._forward_pre_hooks),
+            sorted(k for k in vars(m) if not k.startswith("_forward")),
+        )
         for name, m in pipe.unet.named_modules()
     ]
     return modules, sorted(vars(pipe)), torch.nn.functional.scaled_dot_product_attention

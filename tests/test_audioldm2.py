@@ -128,7 +128,11 @@ def test_the_step_clock_reads_the_timestep_however_it_is_passed(pipe, call):
     with torch.no_grad(), capture(pipe, words=["bass"]) as cap:
         embeds, mask, generated = pipe.encode_prompt("a bass", "cpu", 1, False)
         sample = torch.randn(1, 8, 16, 16)
-        conditions = {"encoder_hidden_states": generated, "encoder_hidden_states_1": embeds, "encoder_attention_mask_1": mask}
+        conditions = {
+            "encoder_hidden_states": generated,
+            "encoder_hidden_states_1": embeds,
+            "encoder_attention_mask_1": mask,
+        }
         if call == "positional":
             pipe.unet(sample, 300, **conditions)
         elif call == "keyword":

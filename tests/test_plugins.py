@@ -69,7 +69,9 @@ def test_a_plugin_that_does_not_import_is_reported_and_the_rest_is_kept(tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("AIBA_PLUGINS", "broken_plugin, good_plugin")
     found = PluginManager()
-    with pytest.warns(PluginWarning, match="'broken_plugin' was left out: ModuleNotFoundError: .*a_library_that_is_not_there"):
+    with pytest.warns(
+        PluginWarning, match="'broken_plugin' was left out: ModuleNotFoundError: .*a_library_that_is_not_there"
+    ):
         found.load()
     assert isinstance(found.failures["broken_plugin"], ModuleNotFoundError)
     assert len(found.collect("aiba_backbones")) == 1

@@ -405,7 +405,10 @@ def test_bad_options_are_refused_by_value(pipe, options, message):
 
 
 def test_a_target_that_no_backbone_recognises():
-    with pytest.raises(UnknownBackbone, match=r"no backbone recognises str \(registered: .*audioldm2"), capture("model"):
+    with (
+        pytest.raises(UnknownBackbone, match=r"no backbone recognises str \(registered: .*audioldm2"),
+        capture("model"),
+    ):
         pass
     with pytest.raises(UnknownBackbone, match="no backbone is named 'tango'"), capture("model", backbone="tango"):
         pass

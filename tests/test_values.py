@@ -211,7 +211,10 @@ def test_the_check_column_catches_an_adapter_that_misreads_the_call(monkeypatch,
             module(x, context, mask)
         assert cap.sites[0].check < 1e-5
         return
-    with pytest.raises(CheckColumnError, match=r"\(sdpa\): asked again, the kernel differs"), capture(module, keep="full"):
+    with (
+        pytest.raises(CheckColumnError, match=r"\(sdpa\): asked again, the kernel differs"),
+        capture(module, keep="full"),
+    ):
         module(x, context, mask)
 
 
@@ -257,5 +260,3 @@ def test_saved_maps_load_as_they_were(pipe, tmp_path):
         assert list(loaded) == list(cap.maps)
         for name, array in cap.maps.items():
             assert loaded[name].identical(array), name
-
-

@@ -69,7 +69,9 @@ def test_groups_cover_every_key_once(prompts):
 
 
 def test_a_word_that_no_prompt_has():
-    with pytest.raises(UnknownWord, match="'violin' is not in the prompt 'a bass'; 'drums'. Its words are: a, bass, drums"):
+    with pytest.raises(
+        UnknownWord, match="'violin' is not in the prompt 'a bass'; 'drums'. Its words are: a, bass, drums"
+    ):
         check_words(["bass", "violin"], ["a bass", "drums"])
     with pytest.raises(UnknownWord, match="Its words are: none"):
         check_words(["bass"], ["..."])

@@ -217,7 +217,7 @@ def _piece(folder: Path, split: str | None) -> tuple[Piece | None, list[Problem]
 def _metadata(folder: Path) -> dict[str, Any]:
     import yaml
 
-    path = folder / "metadata.yaml"
+    path = _inside(folder, "metadata.yaml", "file")
     if not path.is_file():
         raise ValueError("metadata.yaml is missing")
     if path.stat().st_size > METADATA_BYTES:
@@ -248,6 +248,7 @@ def _entries(
 
 def _stem(folder: Path, audio_dir: Path, midi_dir: Path, name: str, entry: Mapping[str, Any]) -> Stem | None:
     """The stem, or None where it has no audio file."""
+    _inside(folder, name, "stem")
     path = _audio(folder, audio_dir, name)
     midi = _inside(folder, f"{midi_dir.relative_to(folder).as_posix()}/{name}.mid", "stem")
     if path is None:
@@ -288,10 +289,10 @@ def _inside(folder: Path, name: str, what: str) -> Path:
     """
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if "\0" in name or posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise ValueError(f"{what} {name!r} in metadata.yaml leads out of the piece's folder")
+        raise ValueError(f"{what} {name!r} leads out of the piece's folder")
     path = folder / posix
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{what} {name!r} in metadata.yaml leads out of the piece's folder through a link")
+        raise ValueError(f"{what} {name!r} leads out of the piece's folder through a link")
     return path
 
 

@@ -63,7 +63,9 @@ class AudioLDM2(Backbone):
     def order(self, target: Any, arguments: Mapping[str, Any], result: Any) -> list[int]:
         """The pipeline returns waveforms sorted by their CLAP score; rows are found again by their samples."""
         given, returned = np.asarray(arguments["audio"]), np.asarray(result)
-        return [next(i for i, wave in enumerate(given) if np.array_equal(wave, row, equal_nan=True)) for row in returned]
+        return [
+            next(i for i, wave in enumerate(given) if np.array_equal(wave, row, equal_nan=True)) for row in returned
+        ]
 
     def lattice(self, site: SiteCall) -> Lattice:
         sample = site.arguments["sample"]

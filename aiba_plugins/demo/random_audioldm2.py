@@ -128,9 +128,7 @@ def _pipeline() -> Any:
         )
     )
     gpt2.config.max_new_tokens = 8
-    projection = AudioLDM2ProjectionModel(
-        text_encoder_dim=16, text_encoder_1_dim=t5_dim, langauge_model_dim=gpt2_dim
-    )
+    projection = AudioLDM2ProjectionModel(text_encoder_dim=16, text_encoder_1_dim=t5_dim, langauge_model_dim=gpt2_dim)
     vocoder = SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
             model_in_dim=64,

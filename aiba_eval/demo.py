@@ -1,0 +1,381 @@
+"""The main job from end to end on what ships with the package: what ``aiba demo`` does.
+
+1. Generate from a few prompts under capture: audio, maps, the paper's Figures 2 and 3.
+2. Probe the model on real mixes whose stems are known (:mod:`aiba_eval.probe`), and score each instrument's word against
+   the cells that its own stem dominates and against knowledge bands, beside what blind maps get.
+
+    DIR/generated/N-PROMPT/   audio.wav, maps.zarr, profile.png, overlay-WORD.png
+    DIR/pieces/TRACK/         maps.zarr, profile.png, overlay-WORD.png
+    DIR/scores.csv            one row per piece, instrument, mask and metric
+    DIR/summary.csv           means over pieces
+    DIR/demo.json             configuration, versions, summary, files
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aiba_eval import references, templates
+from aiba_eval.grid import MelGrid, project
+from aiba_eval.loading import Loaded, models
+from aiba_eval.outputs import OutputFolder, write_csv
+from aiba_eval.probe import Encode, Predict, encode_audioldm2, normalise, predict_audioldm2, probe
+from aiba_eval.run import (
+    Progress,
+    as_loaded,
+    band_templates,
+    draw,
+    file_name,
+    generate,
+    grid_of,
+    instrument_of,
+    random_weights,
+    versions,
+    write_audio,
+)
+from aiba_eval.scoring import Row, score
+
+if TYPE_CHECKING:
+    from xarray import DataArray
+
+    from aiba_eval.datasets import Piece
+    from aiba_hooks import AttentionMaps
+
+PROMPTS = ("a bass and drums", "a piano and strings")
+#: instruments that a prompt can name; the others stay part of the mix and of its masks
+UNNAMED = frozenset({"other", "effects", "ethnic"})
+#: pieces fewer than this say little about a class
+FEW_PIECES = 10
+REFERENCES = ("chance", "mix_energy", "class_prior", "oracle_projection")
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One piece, probed.
+
+    Attributes
+    ----------
+    piece : its name
+    prompt : names its instruments
+    maps, projected : of the prompt's instruments
+    mix : waveform, at the piece's own rate
+    sample_rate : hertz
+    energy : (time, mel), the mix's
+    dominance : by instrument, the cells that its stems dominate
+    """
+
+    piece: str
+    prompt: str
+    maps: AttentionMaps
+    projected: DataArray
+    mix: NDArray[np.float32]
+    sample_rate: int
+    energy: NDArray[np.float64]
+    dominance: Mapping[str, NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What :func:`demo` made.
+
+    Attributes
+    ----------
+    out : its folder
+    scores : one row per piece, instrument, mask and metric
+    summary : means over pieces
+    notes : what a reader of the scores has to know
+    files : what was written, relative to ``out``
+    record : the contents of demo.json
+    """
+
+    out: Path
+    scores: list[Row]
+    summary: list[Row]
+    notes: list[str]
+    files: list[str]
+    record: dict[str, Any] = field(repr=False)
+
+
+def default_model() -> str:
+    """The first trained demo model that is registered, else ``demo:random``."""
+    names = [model.name for model in models() if model.name.startswith("demo:") and model.trained]
+    return names[0] if names else "demo:random"
+
+
+def demo(
+    model: str | Loaded | Any | None = None,
+    *,
+    out: str | Path = "aiba-demo",
+    pieces: Sequence[Piece] | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    seed: int = 0,
+    steps: int = 8,
+    guidance: float = 2.5,
+    duration: float = 5.12,
+    timesteps: Sequence[int] = (300, 800),
+    draws: int = 1,
+    max_pieces: int = 8,
+    seconds: float = 10.24,
+    overwrite: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> DemoResult:
+    """Generate, capture, draw, probe real mixes and score against their stems.
+
+    Parameters
+    ----------
+    model : str, Loaded or pipeline, optional
+        Default :func:`default_model`.
+    out : path
+        Folder to write. An earlier demo's is replaced unless ``overwrite`` is False; any other must be empty.
+    pieces : sequence of Piece, optional
+        Default the test split of the set that ships with the package.
+    prompts : sequence of str
+        To generate from.
+    seed : int
+        Of every draw of noise.
+    steps, guidance, duration
+        Of the generations.
+    timesteps, draws
+        Of the probes, as in :func:`aiba_eval.probe.probe`.
+    max_pieces : int
+        Probe so many pieces at most.
+    seconds : float
+        Probe so much of each piece at most, from its beginning.
+    device, dtype, progress
+        As in :func:`aiba_eval.run.run`.
+
+    Raises
+    ------
+    CannotLoad, CannotProbe, FolderInUse, BadOutput, aiba_hooks.AibaError
+    """
+    tell = progress or _quiet
+    chosen = list(pieces) if pieces is not None else shipped_pieces()
+    if not chosen:
+        raise ValueError("no pieces to probe: pieces is empty")
+    folder = OutputFolder(out, "demo", overwrite=overwrite)
+    loaded = as_loaded(default_model() if model is None else model, device=device, dtype=dtype, progress=tell)
+    for number, prompt in enumerate(prompts, 1):
+        _generate(
+            folder,
+            f"generated/{number}-{file_name(prompt)}",
+            loaded,
+            prompt,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            duration=duration,
+            progress=tell,
+        )
+    probed = []
+    for done, piece in enumerate(chosen[:max_pieces]):
+        tell("probing real mixes", done, len(chosen[:max_pieces]))
+        probed.append(
+            probe_piece(loaded.pipeline, piece, seconds=seconds, timesteps=timesteps, draws=draws, seed=seed)
+        )
+    rows = score_pieces(probed, progress=tell)
+    summary = summarise(rows)
+    for done, item in enumerate(probed):
+        tell("drawing", done, len(probed))
+        under = f"pieces/{item.piece}"
+        item.maps.save(folder.file(f"{under}/maps.zarr"))
+        bands = band_templates(item.projected, grid_of(item.projected))
+        draw(
+            folder,
+            under,
+            item.projected,
+            item.mix,
+            item.sample_rate,
+            {"its stem dominates": item.dominance, **{f"{name} band": masks for name, masks in bands.items()}},
+            masks=item.dominance,
+            mask_label="cells that the instrument's own stem dominates (more than half of the power)",
+            words=None if done == 0 else (),  # one piece in full
+        )
+    write_csv(folder.file("scores.csv"), rows)
+    write_csv(folder.file("summary.csv"), summary)
+    notes = _notes(loaded, probed, summary)
+    record = {
+        "model": loaded.name,
+        "pipeline": type(loaded.pipeline).__name__,
+        "trained": loaded.trained,
+        "device": loaded.device,
+        "dtype": loaded.dtype,
+        "seed": seed,
+        "generated": {"prompts": list(prompts), "steps": steps, "guidance": guidance, "duration": duration},
+        "probed": {
+            "pieces": [{"piece": item.piece, "prompt": item.prompt} for item in probed],
+            "timesteps": list(timesteps),
+            "draws": draws,
+            "seconds": seconds,
+        },
+        "summary": summary,
+        "notes": notes,
+        "versions": versions(),
+    }
+    folder.finish(record)
+    return DemoResult(folder.path, rows, summary, notes, list(folder.files), record)
+
+
+def shipped_pieces(split: str | None = "test") -> list[Piece]:
+    """Pieces of the stem set that ships with the package: one split, or all pieces where it has no such split."""
+    from aiba_eval.datasets import freedoom_root, slakh
+
+    root = freedoom_root()
+    return list(slakh.pieces(root, split if split in slakh.splits(root) else None))
+
+
+def probe_piece(
+    pipeline: Any,
+    piece: Piece,
+    *,
+    seconds: float = 10.24,
+    timesteps: Sequence[int] = (300, 800),
+    draws: int = 1,
+    seed: int = 0,
+    grid: MelGrid | None = None,
+    encode: Encode = encode_audioldm2,
+    predict: Predict = predict_audioldm2,
+) -> Probed:
+    """Probe one piece with a prompt that names its instruments, and find what its stems dominate.
+
+    Parameters
+    ----------
+    pipeline, timesteps, draws, seed, encode, predict
+        As in :func:`aiba_eval.probe.probe`.
+    piece : Piece
+    seconds : float
+        So much of it at most, from its beginning.
+    grid : MelGrid, optional
+        Default ``MelGrid(128, 64)``; its span becomes that of what is probed.
+
+    Raises
+    ------
+    ValueError
+        The piece has no instrument that a prompt can name.
+    """
+    named = [word for word in piece.instruments if word not in UNNAMED]
+    if not named:
+        raise ValueError(f"{piece.name} has no instrument that a prompt can name, only {', '.join(piece.instruments)}")
+    length = min(seconds, piece.seconds)
+    mix = piece.mix(seconds=length)
+    prompt = prompt_of(named)
+    maps = probe(
+        pipeline,
+        mix,
+        piece.sample_rate,
+        prompt,
+        words=named,
+        timesteps=timesteps,
+        draws=draws,
+        seed=seed,
+        encode=encode,
+        predict=predict,
+    )
+    projected = project(maps, grid)
+    span = grid_of(projected, grid)
+    stems = {word: span.power(piece.stem(word, seconds=length), piece.sample_rate) for word in piece.instruments}
+    return Probed(
+        piece.name,
+        prompt,
+        maps,
+        projected,
+        mix,
+        piece.sample_rate,
+        references.mix_energy(normalise(mix), piece.sample_rate, span),
+        {word: templates.dominance_mask(stems, word) for word in named},
+    )
+
+
+def prompt_of(instruments: Sequence[str]) -> str:
+    """A prompt that names instruments: ``"bass, drums and piano"``."""
+    if len(instruments) == 1:
+        return f"a solo {instruments[0]}"
+    return f"{', '.join(instruments[:-1])} and {instruments[-1]}"
+
+
+def score_pieces(probed: Sequence[Probed], *, progress: Callable[[str, int, int | None], None] | None = None) -> list[Row]:
+    """Every instrument of every piece against what its stems dominate and against knowledge bands.
+
+    The reference ``class_prior`` is the mean dominance mask of the instrument over the *other* pieces, constant in
+    time: it knows that "bass is low", and neither the model nor this audio. It is undefined for an instrument of one
+    piece only.
+
+    Returns
+    -------
+    list of dict
+        As :func:`aiba_eval.score`, with ``piece``, ``instrument`` and ``mask`` ("dominance", "band:paper",
+        "band:measured").
+    """
+    rows: list[Row] = []
+    for done, item in enumerate(probed):
+        (progress or _quiet)("scoring against stems", done, len(probed))
+        priors = {}
+        for word in item.dominance:
+            others = [other.dominance[word] for other in probed if other is not item and word in other.dominance]
+            if others:
+                priors[word] = references.class_prior(others)
+        bands = band_templates(item.projected, grid_of(item.projected))
+        for mask, masks in {"dominance": item.dominance, **{f"band:{p}": m for p, m in bands.items()}}.items():
+            scored = score(item.projected, masks, mix=item.energy, references={"class_prior": priors})
+            rows += [
+                {"piece": item.piece, "instrument": instrument_of(row["word"]) or row["word"], "mask": mask, **row}
+                for row in scored
+            ]
+    return rows
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """Means over pieces per word, mask and metric, with how many pieces are in them.
+
+    The unit is the piece. A piece without a value (its reason says why) is left out of ``n`` and counted in
+    ``without_value``; a reference's mean is over the same pieces as the value's, and undefined where one of them lacks
+    it.
+    """
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["mask"], row["word"], row["metric"]), []).append(row)
+    found = []
+    for (mask, word, metric), members in groups.items():
+        valued = [row for row in members if np.isfinite(row["value"])]
+        entry: Row = {"mask": mask, "word": word, "metric": metric, "n": len(valued)}
+        entry["without_value"] = len(members) - len(valued)
+        for column in ("mask_area", "value", *REFERENCES):
+            values = [row.get(column, float("nan")) for row in valued]
+            entry[column] = float(np.mean(values)) if values else float("nan")
+        found.append(entry)
+    return found
+
+
+def _generate(
+    folder: OutputFolder, under: str, loaded: Loaded, prompt: str, *, progress: Progress, **options: Any
+) -> None:
+    made = generate(loaded.pipeline, prompt, progress=progress, **options)
+    write_audio(folder.file(f"{under}/audio.wav"), made.audio, made.sample_rate)
+    made.maps.save(folder.file(f"{under}/maps.zarr"))
+    projected = project(made.maps)
+    instruments = [word for word in map(str, projected["word"].values) if instrument_of(word)]
+    bands = {f"{name} band": masks for name, masks in band_templates(projected, grid_of(projected)).items()}
+    draw(folder, under, projected, made.audio, made.sample_rate, bands, words=instruments)
+
+
+def _notes(loaded: Loaded, probed: Sequence[Probed], summary: Sequence[Row]) -> list[str]:
+    notes = [] if loaded.trained else [random_weights(loaded.name)]
+    notes.append(
+        f"means over {len(probed)} pieces; n is how many have the instrument. Fewer than {FEW_PIECES} say little about a class"
+    )
+    without = sum(row["without_value"] for row in summary if row["metric"] == "average_precision")
+    if without:
+        notes.append(f"{without} pairs of piece and instrument have no average precision; scores.csv says why")
+    notes.append("bands are fixed in hertz and the same at all times; dominance masks come from the pieces' own stems")
+    return notes
+
+
+def _quiet(what: str, done: int, total: int | None) -> None:
+    """Progress for nobody."""

@@ -1,0 +1,285 @@
+"""Figures of attention on the mel grid: the frequency profile against its template, and the overlay on the spectrogram.
+
+Both show attention divided by its own mean over the grid, so that 1 is what evenly spread attention would be, and both
+keep a minimum range around 1: a map that is flat looks flat. Colours mean the same in every figure of one set: the
+limits are shared, and the figure says so.
+
+matplotlib's object interface only: nothing here touches pyplot's state or needs a display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from aiba_eval import metrics
+from aiba_eval.grid import MelGrid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+
+#: where hertz are written on a mel axis
+TICKS_HZ = (0, 125, 250, 500, 1000, 2000, 3000, 4000, 6000, 8000, 12000, 16000, 24000)
+#: decibels below the loudest cell at which the spectrogram's colours end
+FLOOR_DB = 80.0
+#: attention within this of its mean is not stretched to the whole colour scale
+LEAST_RANGE = 0.1
+
+ATTENTION = "#c2410c"
+MIX = "#64748b"
+TEMPLATES = ("#2563eb", "#16a34a", "#9333ea", "#ca8a04")
+TEXT = {"title": 11, "label": 9, "tick": 8}
+
+
+def profile_figure(
+    heats: Mapping[str, ArrayLike],
+    targets: Mapping[str, Mapping[str, ArrayLike]],
+    *,
+    grid: MelGrid | None = None,
+    mix: ArrayLike | None = None,
+    title: str = "Attention over frequency, mean over time",
+) -> Figure:
+    """The frequency profile of each word's attention against its templates (the paper's Fig. 2).
+
+    One panel per word: attention averaged over time and divided by its mean, as a line; each template's share of time
+    per mel row, as an area. Beside each template the correlation r of the two profiles, and that of the mix's energy,
+    which has read no text. The panels share their axes.
+
+    Parameters
+    ----------
+    heats : mapping of word to array_like, shape (time, mel)
+        Projected maps.
+    targets : mapping of label to mapping of word to array_like, shape (time, mel)
+        Templates or masks; a word that a mapping lacks is drawn without it.
+    grid : MelGrid, optional
+        Default ``MelGrid()``.
+    mix : array_like, shape (time, mel), optional
+        Energy of the mix (:func:`aiba_eval.references.mix_energy`).
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        No words, or an array of another shape than the grid's.
+    """
+    grid = MelGrid() if grid is None else grid
+    if not heats:
+        raise ValueError("nothing to draw: heats holds no words")
+    maps = {word: _on_grid(heat, grid, f"the map of {word!r}") for word, heat in heats.items()}
+    energy = None if mix is None else _on_grid(mix, grid, "mix")
+    figure = _figure(8.5, 1.0 + 1.75 * len(maps))
+    panels = figure.subplots(len(maps), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    edges = np.arange(grid.mel + 1.0)
+    low, high = 1 - LEAST_RANGE, 1 + LEAST_RANGE
+    for axes, (word, heat) in zip(panels, maps.items()):
+        profile = relative(heat).mean(axis=0)
+        low, high = min(low, float(np.nanmin(profile))), max(high, float(np.nanmax(profile)))
+        axes.axhline(1.0, color="0.75", linewidth=0.8, zorder=1)
+        axes.stairs(profile, edges, baseline=None, color=ATTENTION, linewidth=1.8, zorder=4, label=f"attention to {word!r}")
+        share = axes.twinx()
+        share.set(ylim=(0, 1.05), yticks=(0, 0.5, 1))
+        share.tick_params(labelsize=TEXT["tick"], colors="0.35")
+        axes.set_zorder(share.get_zorder() + 1)
+        axes.patch.set_visible(False)
+        handles = list(axes.get_legend_handles_labels()[0])
+        for colour, (label, per_word) in zip(TEMPLATES, targets.items()):
+            if word in per_word:
+                target = _on_grid(per_word[word], grid, f"{label!r} of {word!r}")
+                text = f"{label}\n{_correlations(heat, target, energy)}"
+                handles.append(
+                    share.stairs(
+                        target.mean(axis=0), edges, fill=True, facecolor=colour, edgecolor=colour, alpha=0.22, label=text
+                    )
+                )
+        axes.set_title(word, loc="left", fontsize=TEXT["title"], fontweight="bold")
+        axes.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(1.09, 1.04), frameon=False, fontsize=TEXT["tick"], borderpad=0
+        )
+        axes.tick_params(labelsize=TEXT["tick"])
+        axes.margins(x=0)
+    margin = 0.05 * (high - low)
+    panels[0].set_ylim(low - margin, high + margin)
+    _hertz(panels[-1], grid, "x")
+    panels[-1].set_xlabel(f"Hz (mel scale, {grid.scale})", fontsize=TEXT["label"])
+    figure.supylabel("attention ÷ its mean (line)", fontsize=TEXT["label"], color=ATTENTION)
+    figure.suptitle(f"{title}    areas: template, share of time (right axis)", fontsize=TEXT["title"], x=0.01, ha="left")
+    return figure
+
+
+def overlay_figure(
+    mel: ArrayLike,
+    heat: ArrayLike,
+    *,
+    grid: MelGrid | None = None,
+    word: str = "",
+    limits: tuple[float, float] | None = None,
+    shared_by: Sequence[str] = (),
+    mask: ArrayLike | None = None,
+    mask_label: str = "mask",
+) -> Figure:
+    """Mel spectrogram, overlay and heat map side by side (the paper's Fig. 3).
+
+    Parameters
+    ----------
+    mel : array_like, shape (time, mel)
+        Log-mel as :meth:`MelGrid.spectrogram` returns it, natural logarithm; shown in decibels below its maximum.
+    heat : array_like, shape (time, mel)
+        Projected map of the word; shown divided by its mean.
+    grid : MelGrid, optional
+        With its duration, so that the axis is in seconds; default ``MelGrid()``, whose columns are counted.
+    word : str
+    limits : (float, float), optional
+        Ends of the attention's colour scale; default :func:`shared_limits` of this map alone.
+    shared_by : sequence of str
+        The words whose figures use these limits: written under the colour bar.
+    mask : array_like of bool, shape (time, mel), optional
+        Outlined on all three.
+    mask_label : str
+        What the outline is.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        An array of another shape than the grid's.
+    """
+    grid = MelGrid() if grid is None else grid
+    spectrogram = _decibels(_on_grid(mel, grid, "mel"))
+    attention = relative(_on_grid(heat, grid, "heat"))
+    low, high = limits if limits is not None else shared_limits({word: np.asarray(heat)})
+    figure = _figure(12.5, 3.9)
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    end = grid.start + grid.duration if grid.duration is not None else grid.time
+    extent = (grid.start if grid.duration is not None else 0, end, 0, grid.mel)
+    image: dict[str, Any] = {"origin": "lower", "aspect": "auto", "extent": extent, "interpolation": "nearest"}
+    levels = {"vmin": -FLOOR_DB, "vmax": 0}
+    colours = {"cmap": "viridis", "vmin": low, "vmax": high}
+
+    shown = panels[0].imshow(spectrogram.T, cmap="magma", **levels, **image)
+    panels[1].imshow(spectrogram.T, cmap="gray", **levels, **image)
+    panels[1].imshow(attention.T, alpha=0.55, **colours, **image)
+    heated = panels[2].imshow(attention.T, **colours, **image)
+
+    titles = ("mel spectrogram", f"attention to {word!r} over it", f"attention to {word!r}")
+    for axes, title in zip(panels, titles):
+        axes.set_title(title, fontsize=TEXT["title"])
+        axes.set_xlabel("s" if grid.duration is not None else "column", fontsize=TEXT["label"])
+        axes.tick_params(labelsize=TEXT["tick"])
+    panels[0].set_ylabel(f"Hz (mel scale, {grid.scale})", fontsize=TEXT["label"])
+    _hertz(panels[0], grid, "y")
+    _colour_bar(figure, shown, panels[0], "dB below the maximum")
+    shared = [name for name in shared_by if name != word]
+    note = f"scale shared with {', '.join(shared[:4])}{' …' if len(shared) > 4 else ''}" if shared else ""
+    _colour_bar(figure, heated, panels[2], "\n".join(filter(None, ("attention ÷ its mean", note))))
+    if mask is not None:
+        outline = _on_grid(mask, grid, "mask")
+        if outline.any() and not outline.all():
+            times = np.linspace(extent[0], extent[1], 2 * grid.time + 1)[1::2]
+            rows = np.arange(grid.mel) + 0.5
+            for axes in panels:
+                axes.contour(times, rows, outline.T, levels=[0.5], colors="white", linewidths=0.7)
+            figure.supxlabel(f"white outline: {mask_label}", fontsize=TEXT["tick"], x=0.99, ha="right")
+    return figure
+
+
+def shared_limits(heats: Mapping[str, ArrayLike]) -> tuple[float, float]:
+    """Ends of one colour scale for several maps, each divided by its mean; at least 1 ± 0.1."""
+    low, high = 1 - LEAST_RANGE, 1 + LEAST_RANGE
+    for heat in heats.values():
+        values = relative(np.asarray(heat, float))
+        if np.isfinite(values).any():
+            low, high = min(low, float(np.nanmin(values))), max(high, float(np.nanmax(values)))
+    return low, high
+
+
+def relative(heat: ArrayLike) -> Floats:
+    """A map divided by its mean: 1 everywhere for evenly spread attention, and for a map that is zero."""
+    values = np.asarray(heat, float)
+    mean = float(np.nanmean(values)) if np.isfinite(values).any() else 0.0
+    return values / mean if mean > 0 else np.ones_like(values)
+
+
+def save(figure: Figure, path: str | Path, *, dpi: int = 110) -> Path:
+    """Write a figure; the same figure gives the same bytes.
+
+    Parameters
+    ----------
+    figure : Figure
+    path : path
+        Its suffix decides the format: .png, .svg, .pdf.
+    dpi : int
+        Dots per inch of a .png.
+    """
+    path = Path(path)
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {"Software": None})
+    figure.savefig(path, dpi=dpi, metadata=undated)
+    return path
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _on_grid(values: ArrayLike, grid: MelGrid, what: str) -> Floats:
+    array = np.asarray(values, float)
+    if array.shape != grid.shape:
+        raise ValueError(f"{what} has shape {array.shape}, the grid is {grid.shape} (time, mel)")
+    return array
+
+
+def _decibels(log_mel: Floats) -> Floats:
+    """Natural logarithm of magnitudes to decibels below their maximum."""
+    return np.asarray((log_mel - log_mel.max()) * (20 / np.log(10)))
+
+
+def _hertz(axes: Axes, grid: MelGrid, axis: str) -> None:
+    """Ticks in hertz where they lie on the mel axis, none closer to the one before than a fortieth of it."""
+    low = [hz for hz in TICKS_HZ if grid.fmin <= hz <= grid.fmax]
+    kept: list[float] = []
+    for hz in low:
+        if not kept or grid.hz_to_row(hz) - grid.hz_to_row(kept[-1]) >= grid.mel / 40:
+            kept.append(hz)
+    labels = [f"{hz / 1000:g}k" if hz >= 1000 else f"{hz:g}" for hz in kept]
+    rows = [float(grid.hz_to_row(hz)) for hz in kept]
+    if axis == "x":
+        axes.set_xticks(rows, labels)
+        axes.set_xlim(0, grid.mel)
+    else:
+        axes.set_yticks(rows, labels)
+        axes.set_ylim(0, grid.mel)
+
+
+def _correlations(heat: Floats, target: Floats, energy: Floats | None) -> str:
+    text = f"r = {_number(metrics.profile_pearson(heat, target))}" if np.isfinite(heat).all() else "r undefined"
+    if energy is None:
+        return text
+    return f"{text}, mix energy {_number(metrics.profile_pearson(energy, target))}"
+
+
+def _number(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−") if np.isfinite(value) else "undefined"
+
+
+def _colour_bar(figure: Figure, image: Any, axes: Axes, label: str) -> None:
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=28)
+    bar.set_label(label, fontsize=TEXT["tick"])
+    bar.ax.tick_params(labelsize=TEXT["tick"])
