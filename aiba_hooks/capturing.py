@@ -8,6 +8,7 @@ import inspect
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aiba_hooks import interception, selectors
+from aiba_hooks import compilation, interception, selectors
 from aiba_hooks.backbone import Backbone, Conditioning, SiteCall, Step
 from aiba_hooks.calls import AttentionCall
+from aiba_hooks.coverage import Audit, CoverageWarning, Uncovered, uncovered
 from aiba_hooks.errors import (
     CaptureBudgetExceeded,
     CheckColumnError,
@@ -30,7 +32,7 @@ from aiba_hooks.errors import (
 from aiba_hooks.kernel import Kernel
 from aiba_hooks.maps import AttentionMaps, build
 from aiba_hooks.plugins import manager
-from aiba_hooks.sites import Site, SourceWatch, attention_like, calling_module, site_names
+from aiba_hooks.sites import Site, SourceWatch, calling_module, site_names
 from aiba_hooks.tagging import KINDS, Tag, from_lengths, from_sources
 from aiba_hooks.words import check_words, distinct_words, merge_groups
 
@@ -181,6 +183,8 @@ class Capture:
         self._arguments: Mapping[str, Any] = {}
         self._adapters: dict[Any, Kernel] = {}
         self._maps: AttentionMaps | None = None
+        #: attention that ran in the first forward without an intercepted kernel
+        self.uncovered: list[Uncovered] = []
         self._failed: BaseException | None = None
 
     # ---- options
@@ -229,8 +233,13 @@ class Capture:
             raise TypeError(
                 f"the denoiser of {type(self.target).__name__} is no torch.nn.Module: {type(denoiser).__name__}"
             )
+        compiled = compilation.compiled_parts(self.target, denoiser)
+        denoiser = compilation.unwrap(denoiser)
         kernels: list[Kernel] = manager().collect("aiba_kernels")
         with ExitStack() as stack:
+            if compiled:
+                compilation.warn(compiled, stacklevel=3)
+                stack.enter_context(compilation.force_eager())
             self._denoiser = denoiser
             self._names = site_names(denoiser)
             self._forward_signature = inspect.signature(type(denoiser).forward)
@@ -239,6 +248,8 @@ class Capture:
                 stack.callback(interception.PATCHES.release, key)
             self._watch = SourceWatch(denoiser)
             stack.callback(self._watch.close)
+            self._audit = Audit(self._names)
+            stack.callback(self._audit.stop)
             stack.callback(denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
             stack.callback(denoiser.register_forward_hook(self._after_forward, always_call=True).remove)
             if self.backbone is None:
@@ -327,7 +338,10 @@ class Capture:
             if self._step == 0:
                 self._resolve_steps(run)
         self._forward_calls = {}
-        self._watch.enabled = run is self._runs[0] and run.forwards == 0
+        first = run is self._runs[0] and run.forwards == 0
+        self._watch.enabled = first
+        if first:
+            self._audit.start()
         self.listening = True
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -337,6 +351,7 @@ class Capture:
         run = self._runs[-1]
         run.forwards += 1
         self._watch.close()
+        self._audit.stop()
         self._arguments = {}
 
     def _place_in_schedule(self, run: _Run) -> tuple[int, dict[str, tuple[int, int] | None]]:
@@ -406,6 +421,11 @@ class Capture:
         call = kernel.read(function, kernel.bind(function, args, kwargs), output)
         if call is None:
             return
+        if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being recorded inside the capture: its replays call no function that could be seen. "
+                "Run the model without CUDA graphs while it is captured"
+            )
         name, module = where
         index = self._forward_calls.get(name, 0)
         self._forward_calls[name] = index + 1
@@ -488,13 +508,7 @@ class Capture:
         values, error, sums = self._ask(store, call, rows, run)
         self._note_check(key, call, error)
         if sums is not None:
-            known_sums = self._row_sums.get(key)
-            extremes = torch.stack([sums.amin(), sums.amax()])
-            self._row_sums[key] = (
-                extremes
-                if known_sums is None
-                else torch.stack([torch.minimum(known_sums[0], extremes[0]), torch.maximum(known_sums[1], extremes[1])])
-            )
+            self._note_sums(key, sums)
         for branch, span in wanted.items():
             part = values if span is None else values[span[0] : span[1]]
             if branch not in store.branches:
@@ -629,6 +643,17 @@ class Capture:
         known = self._checks.get(key)
         self._checks[key] = (error if known is None else torch.maximum(known[0], error), call.allowed)
 
+    def _note_sums(self, key: tuple[str, int], sums: Tensor) -> None:
+        """Smallest and largest row sum and the number of rows that have none, kept on the device."""
+        finite = torch.isfinite(sums)
+        low = torch.where(finite, sums, math.inf).amin()
+        high = torch.where(finite, sums, -math.inf).amax()
+        now = torch.stack([low, high, (~finite).sum().to(low.dtype)])
+        known = self._row_sums.get(key)
+        if known is not None:
+            now = torch.stack([torch.minimum(known[0], low), torch.maximum(known[1], high), known[2] + now[2]])
+        self._row_sums[key] = now
+
     # ---- results
 
     @property
@@ -654,6 +679,8 @@ class Capture:
 
     def _finish(self) -> None:
         self._read_back()
+        names = [name for name, _ in self._sites]
+        self.uncovered = uncovered(self._denoiser, names, self._audit.eager, self._watch.ran, self._names)
         worst = [
             (site.check / allowed, site, allowed)
             for key, (_, allowed) in self._checks.items()
@@ -669,13 +696,16 @@ class Capture:
             )
         if not any(site.captured for site in self._sites.values()):
             raise NothingCaptured(self._explain_nothing())
+        self._warn()
         self._maps = self._build()
 
     def _read_back(self) -> None:
         for key, (error, _) in self._checks.items():
             self._sites[key].check = float(error)
-        for key, extremes in self._row_sums.items():
-            self._sites[key].row_sum = (float(extremes[0]), float(extremes[1]))
+        for key, sums in self._row_sums.items():
+            low, high, broken = (float(value) for value in sums)
+            self._sites[key].row_sum = (low, high) if low <= high else None
+            self._sites[key].nonfinite = int(broken)
         for site in self.sites:
             if not site.captured and not site.reason:
                 site.reason = f"no call at the chosen steps={self._steps}"
@@ -692,13 +722,27 @@ class Capture:
             lines += [f"  ... and {len(sites) - 40} more"] if len(sites) > 40 else []
         elif forwards:
             lines.append(f"No intercepted kernel was called in {forwards} forwards.")
-        seen = {site.module for site in self._sites.values()}
-        names = {name for name, _ in self._sites}
-        unseen = [(n, k) for n, k in attention_like(self._denoiser) if n not in names and not _inside(n, names)]
-        if unseen and forwards and len(seen) < len(list(attention_like(self._denoiser))):
-            lines.append("Modules that look like attention, where no intercepted kernel was called:")
-            lines += [f"  {name or '(the module itself)'}: {kind}" for name, kind in unseen[:20]]
+        if self.uncovered:
+            lines.append("Attention that ran without an intercepted kernel:")
+            lines += [f"  {entry}" for entry in self.uncovered[:20]]
         return "\n".join(lines)
+
+    def _warn(self) -> None:
+        if self.uncovered:
+            shown = "\n".join(f"  {entry}" for entry in self.uncovered[:10])
+            more = f"\n  ... and {len(self.uncovered) - 10} more" if len(self.uncovered) > 10 else ""
+            warnings.warn(
+                f"this capture misses attention that no adapter caught:\n{shown}{more}", CoverageWarning, stacklevel=4
+            )
+        broken = [site for site in self._sites.values() if site.nonfinite]
+        if broken:
+            worst = max(broken, key=lambda site: site.nonfinite)
+            warnings.warn(
+                f"{len(broken)} sites have rows that are not finite, most of them {worst.name} ({worst.nonfinite} rows, "
+                f"{worst.kernel}): overflow in the model's own dtype, or a mask over every key",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def _build(self) -> AttentionMaps:
         repeated = {name for name, index in self._sites if index > 0}
@@ -758,10 +802,6 @@ def _one_of(name: str, value: Any, options: Iterable[str]) -> None:
     options = tuple(options)
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
-
-
-def _inside(name: str, parents: Iterable[str]) -> bool:
-    return any(name.startswith(f"{parent}.") or parent.startswith(f"{name}.") for parent in parents if parent)
 
 
 def _seeds(generator: Any) -> list[int] | None:

@@ -33,6 +33,11 @@ ACTIVE: ContextVar[tuple[Any, ...]] = ContextVar("aiba_active", default=())
 _BUSY: ContextVar[bool] = ContextVar("aiba_busy", default=False)
 
 
+def intercepting() -> bool:
+    """True inside an intercepted kernel: what runs now is the kernel's own, or an ask."""
+    return _BUSY.get()
+
+
 @dataclass
 class _Patch:
     namespace: Any

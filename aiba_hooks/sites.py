@@ -31,6 +31,7 @@ class Site:
     captured : whether maps of it are kept
     reason : why not, or what is kept
     check : largest error of the check column, relative to the largest output
+    nonfinite : rows (queries of one head or head mean) whose probabilities are not finite: overflow, or a mask over every key
     row_sum : smallest and largest sum over all groups of a query; 1 but for masked rows, dropout and attention sinks
     """
 
@@ -44,6 +45,7 @@ class Site:
     reason: str = ""
     check: float | None = None
     row_sum: tuple[float, float] | None = None
+    nonfinite: int = 0
     module: Any = field(default=None, repr=False, compare=False)
 
     @property
@@ -107,9 +109,10 @@ def calling_module(names: Mapping[int, str], depth: int) -> tuple[str, Any] | No
     return None
 
 
-def attention_like(root: nn.Module) -> Iterator[tuple[str, str]]:
-    """Modules that look like attention by class name: only to say in an error what was expected to be seen."""
-    for name, module in root.named_modules():
+def attention_like(root: nn.Module, names: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+    """Modules that look like attention by class name: only to say in a message what was expected to be seen."""
+    for module in root.modules():
+        name = names[id(module)]
         kind = type(module).__name__
         if "attention" in kind.lower() or kind.lower().endswith("attn"):
             yield name, kind
@@ -123,6 +126,7 @@ class SourceWatch:
 
     def __init__(self, root: nn.Module) -> None:
         self._read: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.ran: set[int] = set()
         self._handles = [
             module.register_forward_hook(self._hook)
             for module in root.modules()
@@ -133,6 +137,7 @@ class SourceWatch:
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.enabled and args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
             self._read[id(module)] = (args[0], output)
+            self.ran.add(id(module))
 
     def sources(self, site: nn.Module, arguments: Mapping[str, Any]) -> list[Source]:
         """Distinct tensors that the projections below ``site`` read, in reading order; those of other sites are forgotten."""

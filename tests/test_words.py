@@ -42,7 +42,7 @@ def test_a_word_of_several_tokens_and_one_that_repeats(tokenizer):
     groups = s.groups(0, ["kazoo", "bass"])
     tokens = s.tokens[0]
     assert "".join(tokens[i] for i in groups["kazoo"]).replace("▁", "") == "kazoo"
-    assert [tokens[i] for i in groups["bass"]][0] == "▁bass"
+    assert next(tokens[i] for i in groups["bass"]) == "▁bass"
     assert len(groups["bass"]) == 1 + 5  # ▁bass, then ▁ B a s s
     assert [tokens[i] for i in groups["(other)"]] == ["▁a", ",", "▁and"]
     assert [tokens[i] for i in groups["(special)"]] == ["</s>"]

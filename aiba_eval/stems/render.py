@@ -47,7 +47,6 @@ SAMPLE_RATES = (16_000, 44_100)
 LOUDNESS = -13.0  # LUFS of each stem, as in Slakh
 SILENCE = -70.0  # LUFS below which a stem counts as silent, the absolute gate of BS.1770
 PEAK = 10 ** (-1 / 20)  # of the mix and of each stem
-LONGEST = 3600.0  # seconds; a damaged file may claim days
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class _Skip(Exception):
 def render(
     out: str | Path,
     *,
-    sources: Sequence[str | music.Source] = ("freedoom", "freedm"),
+    sources: str | music.Source | Sequence[str | music.Source] = ("freedoom", "freedm"),
     engine: str | synth.Engine = "fluidsynth",
     soundfont: str | Path | None = None,
     sample_rate: int = 44_100,
@@ -225,7 +224,7 @@ def render(
         bits=bits,
     )
     _check(settings)
-    found = [music.find(source) for source in sources]
+    found = [music.find(source) for source in ([sources] if isinstance(sources, (str, music.Source)) else sources)]
     store = Path(cache) if cache is not None else music.default_cache()
     candidates, skipped = _candidates(found, store)
     wanted = _choose(candidates, only)
@@ -234,7 +233,10 @@ def render(
     _same_settings(root, settings, candidates)
     _write(root / "NOTICE", _notices(found, store, settings.engine))
     for stale in root.glob(PARTIAL + "*"):
-        shutil.rmtree(stale)
+        if stale.is_dir():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink()
 
     states: Counter[str] = Counter()
     finished: list[_Candidate] = []
@@ -274,8 +276,8 @@ def render(
 def _check(settings: _Settings) -> None:
     if settings.sample_rate not in SAMPLE_RATES:
         raise StemsError(f"sample_rate is one of {', '.join(map(str, SAMPLE_RATES))}, not {settings.sample_rate}")
-    if settings.max_seconds is not None and not 1.0 <= settings.max_seconds <= LONGEST:
-        raise StemsError(f"max_seconds is between 1 and {LONGEST:.0f}, not {settings.max_seconds}")
+    if settings.max_seconds is not None and not 1.0 <= settings.max_seconds <= midi.LONGEST:
+        raise StemsError(f"max_seconds is between 1 and {midi.LONGEST:.0f}, not {settings.max_seconds}")
     if not 8 <= settings.bits <= 16:
         raise StemsError(f"bits is between 8 and 16, not {settings.bits}")
     if settings.balance not in ("slakh", "midi"):
@@ -308,6 +310,8 @@ def _candidates(found: Sequence[music.Source], cache: Path) -> tuple[list[_Candi
             pieces.append((number, piece, midi.read(piece.data)))
         except MalformedMidi as error:
             skipped.append((piece.name, str(error)))
+    if not pieces:
+        raise StemsError(f"none of the {len(skipped)} MIDI files of {', '.join(s.name for s in found)} can be read")
     firsts = tunes.cluster([tunes.runs(score) for _, _, score in pieces])
     digests: dict[int, list[str]] = {}
     for first, (_, piece, _) in zip(firsts, pieces):
@@ -435,8 +439,6 @@ def _window(score: midi.Score, settings: _Settings) -> tuple[float, float]:
     seconds = score.length + midi.TAIL - start
     if settings.max_seconds is not None:
         seconds = min(seconds, settings.max_seconds)
-    if seconds > LONGEST:
-        raise _Skip(f"lasts {seconds:.0f} s, over the limit of {LONGEST:.0f}: set max_seconds")
     return start, seconds
 
 

@@ -6,11 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 #: pieces of the text vocabulary; anything else is spelt in letters
-WORDS = (
-    "a an and the of with in on some soft loud slow fast deep bright warm quiet solo music song piece track line playing plays "
-    "bass drums drum piano guitar organ strings brass reed flute synth bells violin acoustic electric kick snare melody "
-    "chords beat rhythm hammer hitting wooden surface low quality"
-).split()
+WORDS = ["a", "an", "and", "the", "of", "with", "in", "on", "some", "soft", "loud", "slow", "fast", "deep", "bright", "warm", "quiet", "solo", "music", "song", "piece", "track", "line", "playing", "plays", "bass", "drums", "drum", "piano", "guitar", "organ", "strings", "brass", "reed", "flute", "synth", "bells", "violin", "acoustic", "electric", "kick", "snare", "melody", "chords", "beat", "rhythm", "hammer", "hitting", "wooden", "surface", "low", "quality"]
 
 
 def build(seed: int = 0) -> Any:
