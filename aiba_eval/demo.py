@@ -13,7 +13,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,10 @@ from aiba_eval.loading import Loaded, models
 from aiba_eval.outputs import OutputFolder, write_csv
 from aiba_eval.probe import Encode, Predict, encode_audioldm2, normalise, predict_audioldm2, probe
 from aiba_eval.run import (
+    Generation,
     Progress,
     as_loaded,
+    band_labels,
     band_templates,
     draw,
     file_name,
@@ -37,6 +40,7 @@ from aiba_eval.run import (
     instrument_of,
     random_weights,
     versions,
+    words_of,
     write_audio,
 )
 from aiba_eval.scoring import Row, score
@@ -52,6 +56,9 @@ PROMPTS = ("a bass and drums", "a piano and strings")
 UNNAMED = frozenset({"other", "effects", "ethnic"})
 #: pieces fewer than this say little about a class
 FEW_PIECES = 10
+#: parameters below which a pipeline runs on one thread
+TINY = 10_000_000
+#: columns of a summary beside the value
 REFERENCES = ("chance", "mix_energy", "class_prior", "oracle_projection")
 
 
@@ -63,7 +70,8 @@ class Probed:
     ----------
     piece : its name
     prompt : names its instruments
-    maps, projected : of the prompt's instruments
+    maps : of the prompt's instruments, at every noise level
+    projected : by noise level (timestep), on the mel grid
     mix : waveform, at the piece's own rate
     sample_rate : hertz
     energy : (time, mel), the mix's
@@ -73,7 +81,7 @@ class Probed:
     piece: str
     prompt: str
     maps: AttentionMaps
-    projected: DataArray
+    projected: Mapping[int, DataArray]
     mix: NDArray[np.float32]
     sample_rate: int
     energy: NDArray[np.float64]
@@ -162,41 +170,38 @@ def demo(
         raise ValueError("no pieces to probe: pieces is empty")
     folder = OutputFolder(out, "demo", overwrite=overwrite)
     loaded = as_loaded(default_model() if model is None else model, device=device, dtype=dtype, progress=tell)
-    for number, prompt in enumerate(prompts, 1):
-        _generate(
-            folder,
-            f"generated/{number}-{file_name(prompt)}",
-            loaded,
-            prompt,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            duration=duration,
-            progress=tell,
-        )
+    chosen = chosen[:max_pieces]
     probed = []
-    for done, piece in enumerate(chosen[:max_pieces]):
-        tell("probing real mixes", done, len(chosen[:max_pieces]))
-        probed.append(
-            probe_piece(loaded.pipeline, piece, seconds=seconds, timesteps=timesteps, draws=draws, seed=seed)
-        )
+    with _few_threads(loaded.pipeline):
+        for number, prompt in enumerate(prompts, 1):
+            made = generate(
+                loaded.pipeline, prompt, seed=seed, steps=steps, guidance=guidance, duration=duration, progress=tell
+            )
+            _write_generation(folder, f"generated/{number}-{file_name(prompt)}", made)
+        for done, piece in enumerate(chosen):
+            tell("probing real mixes", done, len(chosen))
+            probed.append(
+                probe_piece(loaded.pipeline, piece, seconds=seconds, timesteps=timesteps, draws=draws, seed=seed)
+            )
     rows = score_pieces(probed, progress=tell)
     summary = summarise(rows)
     for done, item in enumerate(probed):
         tell("drawing", done, len(probed))
         under = f"pieces/{item.piece}"
         item.maps.save(folder.file(f"{under}/maps.zarr"))
-        bands = band_templates(item.projected, grid_of(item.projected))
+        timestep, projected = next(iter(item.projected.items()))
+        bands = band_labels(band_templates(projected, grid_of(projected)))
         draw(
             folder,
             under,
-            item.projected,
+            projected,
             item.mix,
             item.sample_rate,
-            {"its stem dominates": item.dominance, **{f"{name} band": masks for name, masks in bands.items()}},
+            {"its stem dominates": item.dominance, **bands},
             masks=item.dominance,
             mask_label="cells that the instrument's own stem dominates (more than half of the power)",
             words=None if done == 0 else (),  # one piece in full
+            title=f"{item.piece}, probed at t = {timestep} with the prompt {item.prompt!r}",
         )
     write_csv(folder.file("scores.csv"), rows)
     write_csv(folder.file("summary.csv"), summary)
@@ -278,8 +283,8 @@ def probe_piece(
         encode=encode,
         predict=predict,
     )
-    projected = project(maps, grid)
-    span = grid_of(projected, grid)
+    projected = {t: project(at_timestep(maps, t), grid) for t in timesteps}
+    span = grid_of(projected[timesteps[0]], grid)
     stems = {word: span.power(piece.stem(word, seconds=length), piece.sample_rate) for word in piece.instruments}
     return Probed(
         piece.name,
@@ -293,6 +298,11 @@ def probe_piece(
     )
 
 
+def at_timestep(maps: Mapping[str, DataArray], timestep: int) -> dict[str, DataArray]:
+    """The steps of a probe's maps at one noise level."""
+    return {site: array.isel(step=np.flatnonzero(array["timestep"].values == timestep)) for site, array in maps.items()}
+
+
 def prompt_of(instruments: Sequence[str]) -> str:
     """A prompt that names instruments: ``"bass, drums and piano"``."""
     if len(instruments) == 1:
@@ -300,7 +310,7 @@ def prompt_of(instruments: Sequence[str]) -> str:
     return f"{', '.join(instruments[:-1])} and {instruments[-1]}"
 
 
-def score_pieces(probed: Sequence[Probed], *, progress: Callable[[str, int, int | None], None] | None = None) -> list[Row]:
+def score_pieces(probed: Sequence[Probed], *, progress: Progress | None = None) -> list[Row]:
     """Every instrument of every piece against what its stems dominate and against knowledge bands.
 
     The reference ``class_prior`` is the mean dominance mask of the instrument over the *other* pieces, constant in
@@ -310,7 +320,7 @@ def score_pieces(probed: Sequence[Probed], *, progress: Callable[[str, int, int 
     Returns
     -------
     list of dict
-        As :func:`aiba_eval.score`, with ``piece``, ``instrument`` and ``mask`` ("dominance", "band:paper",
+        As :func:`aiba_eval.score`, with ``piece``, ``timestep`` and ``mask`` ("dominance", "band:paper",
         "band:measured").
     """
     rows: list[Row] = []
@@ -321,30 +331,29 @@ def score_pieces(probed: Sequence[Probed], *, progress: Callable[[str, int, int 
             others = [other.dominance[word] for other in probed if other is not item and word in other.dominance]
             if others:
                 priors[word] = references.class_prior(others)
-        bands = band_templates(item.projected, grid_of(item.projected))
-        for mask, masks in {"dominance": item.dominance, **{f"band:{p}": m for p, m in bands.items()}}.items():
-            scored = score(item.projected, masks, mix=item.energy, references={"class_prior": priors})
-            rows += [
-                {"piece": item.piece, "instrument": instrument_of(row["word"]) or row["word"], "mask": mask, **row}
-                for row in scored
-            ]
+        for timestep, projected in item.projected.items():
+            bands = band_templates(projected, grid_of(projected))
+            for mask, masks in {"dominance": item.dominance, **{f"band:{p}": m for p, m in bands.items()}}.items():
+                beside = {"piece": item.piece, "timestep": timestep, "mask": mask}
+                scored = score(projected, masks, mix=item.energy, references={"class_prior": priors})
+                rows += [{**beside, **row} for row in scored]
     return rows
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
-    """Means over pieces per word, mask and metric, with how many pieces are in them.
+    """Means over pieces per mask, word, noise level and metric, with how many pieces are in them.
 
     The unit is the piece. A piece without a value (its reason says why) is left out of ``n`` and counted in
     ``without_value``; a reference's mean is over the same pieces as the value's, and undefined where one of them lacks
     it.
     """
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, int, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["mask"], row["word"], row["metric"]), []).append(row)
+        groups.setdefault((row["mask"], row["word"], row["timestep"], row["metric"]), []).append(row)
     found = []
-    for (mask, word, metric), members in groups.items():
+    for (mask, word, timestep, metric), members in groups.items():
         valued = [row for row in members if np.isfinite(row["value"])]
-        entry: Row = {"mask": mask, "word": word, "metric": metric, "n": len(valued)}
+        entry: Row = {"mask": mask, "word": word, "timestep": timestep, "metric": metric, "n": len(valued)}
         entry["without_value"] = len(members) - len(valued)
         for column in ("mask_area", "value", *REFERENCES):
             values = [row.get(column, float("nan")) for row in valued]
@@ -353,16 +362,29 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _generate(
-    folder: OutputFolder, under: str, loaded: Loaded, prompt: str, *, progress: Progress, **options: Any
-) -> None:
-    made = generate(loaded.pipeline, prompt, progress=progress, **options)
+@contextmanager
+def _few_threads(pipeline: Any) -> Iterator[None]:
+    """One thread for a tiny model: its matrices gain next to nothing from more, and waiting for another thread costs
+    tenfold where other processes want the cores."""
+    import torch
+
+    parts = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, torch.nn.Module)]
+    before = torch.get_num_threads()
+    tiny = sum(weight.numel() for part in parts for weight in part.parameters()) < TINY
+    try:
+        torch.set_num_threads(1 if tiny else before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _write_generation(folder: OutputFolder, under: str, made: Generation) -> None:
     write_audio(folder.file(f"{under}/audio.wav"), made.audio, made.sample_rate)
     made.maps.save(folder.file(f"{under}/maps.zarr"))
     projected = project(made.maps)
-    instruments = [word for word in map(str, projected["word"].values) if instrument_of(word)]
-    bands = {f"{name} band": masks for name, masks in band_templates(projected, grid_of(projected)).items()}
-    draw(folder, under, projected, made.audio, made.sample_rate, bands, words=instruments)
+    instruments = [word for word in words_of(projected) if instrument_of(word)]
+    bands = band_labels(band_templates(projected, grid_of(projected)))
+    draw(folder, under, projected, made.audio, made.sample_rate, bands, words=instruments, title=made.prompt)
 
 
 def _notes(loaded: Loaded, probed: Sequence[Probed], summary: Sequence[Row]) -> list[str]:
@@ -372,7 +394,7 @@ def _notes(loaded: Loaded, probed: Sequence[Probed], summary: Sequence[Row]) -> 
     )
     without = sum(row["without_value"] for row in summary if row["metric"] == "average_precision")
     if without:
-        notes.append(f"{without} pairs of piece and instrument have no average precision; scores.csv says why")
+        notes.append(f"{without} average precisions are undefined; scores.csv says why")
     notes.append("bands are fixed in hertz and the same at all times; dominance masks come from the pieces' own stems")
     return notes
 

@@ -33,8 +33,12 @@ FLOOR_DB = 80.0
 LEAST_RANGE = 0.1
 
 ATTENTION = "#c2410c"
-MIX = "#64748b"
-TEMPLATES = ("#2563eb", "#16a34a", "#9333ea", "#ca8a04")
+#: the first template is an area, the others are outlines: three areas over one another cannot be read
+TEMPLATES: tuple[dict[str, Any], ...] = (
+    {"fill": True, "color": "#2563eb", "alpha": 0.2},
+    {"color": "#15803d", "linewidth": 1.3, "linestyle": "--"},
+    {"color": "#7e22ce", "linewidth": 1.3, "linestyle": ":"},
+)
 TEXT = {"title": 11, "label": 9, "tick": 8}
 
 
@@ -44,13 +48,13 @@ def profile_figure(
     *,
     grid: MelGrid | None = None,
     mix: ArrayLike | None = None,
-    title: str = "Attention over frequency, mean over time",
+    title: str = "",
 ) -> Figure:
     """The frequency profile of each word's attention against its templates (the paper's Fig. 2).
 
     One panel per word: attention averaged over time and divided by its mean, as a line; each template's share of time
-    per mel row, as an area. Beside each template the correlation r of the two profiles, and that of the mix's energy,
-    which has read no text. The panels share their axes.
+    per mel row, the first as an area, the others as outlines. Beside each template the correlation r of the two
+    profiles, and that of the mix's energy, which has read no text. The panels share their axes.
 
     Parameters
     ----------
@@ -63,6 +67,7 @@ def profile_figure(
     mix : array_like, shape (time, mel), optional
         Energy of the mix (:func:`aiba_eval.references.mix_energy`).
     title : str
+        What was listened to: a prompt, a piece.
 
     Returns
     -------
@@ -86,25 +91,30 @@ def profile_figure(
         profile = relative(heat).mean(axis=0)
         low, high = min(low, float(np.nanmin(profile))), max(high, float(np.nanmax(profile)))
         axes.axhline(1.0, color="0.75", linewidth=0.8, zorder=1)
-        axes.stairs(profile, edges, baseline=None, color=ATTENTION, linewidth=1.8, zorder=4, label=f"attention to {word!r}")
+        axes.stairs(
+            profile, edges, baseline=None, color=ATTENTION, linewidth=1.8, zorder=4, label=f"attention to {word!r}"
+        )
         share = axes.twinx()
         share.set(ylim=(0, 1.05), yticks=(0, 0.5, 1))
         share.tick_params(labelsize=TEXT["tick"], colors="0.35")
+        share.set_ylabel("share of time", fontsize=TEXT["tick"], color="0.35")
         axes.set_zorder(share.get_zorder() + 1)
         axes.patch.set_visible(False)
         handles = list(axes.get_legend_handles_labels()[0])
-        for colour, (label, per_word) in zip(TEMPLATES, targets.items()):
+        for number, (label, per_word) in enumerate(targets.items()):
             if word in per_word:
                 target = _on_grid(per_word[word], grid, f"{label!r} of {word!r}")
+                style = TEMPLATES[number % len(TEMPLATES)]
                 text = f"{label}\n{_correlations(heat, target, energy)}"
-                handles.append(
-                    share.stairs(
-                        target.mean(axis=0), edges, fill=True, facecolor=colour, edgecolor=colour, alpha=0.22, label=text
-                    )
-                )
+                handles.append(share.stairs(target.mean(axis=0), edges, label=text, **style))
         axes.set_title(word, loc="left", fontsize=TEXT["title"], fontweight="bold")
         axes.legend(
-            handles=handles, loc="upper left", bbox_to_anchor=(1.09, 1.04), frameon=False, fontsize=TEXT["tick"], borderpad=0
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(1.12, 1.04),
+            frameon=False,
+            fontsize=TEXT["tick"],
+            borderpad=0,
         )
         axes.tick_params(labelsize=TEXT["tick"])
         axes.margins(x=0)
@@ -113,7 +123,7 @@ def profile_figure(
     _hertz(panels[-1], grid, "x")
     panels[-1].set_xlabel(f"Hz (mel scale, {grid.scale})", fontsize=TEXT["label"])
     figure.supylabel("attention ÷ its mean (line)", fontsize=TEXT["label"], color=ATTENTION)
-    figure.suptitle(f"{title}    areas: template, share of time (right axis)", fontsize=TEXT["title"], x=0.01, ha="left")
+    _headline(figure, title)
     return figure
 
 
@@ -127,6 +137,7 @@ def overlay_figure(
     shared_by: Sequence[str] = (),
     mask: ArrayLike | None = None,
     mask_label: str = "mask",
+    title: str = "",
 ) -> Figure:
     """Mel spectrogram, overlay and heat map side by side (the paper's Fig. 3).
 
@@ -144,9 +155,11 @@ def overlay_figure(
     shared_by : sequence of str
         The words whose figures use these limits: written under the colour bar.
     mask : array_like of bool, shape (time, mel), optional
-        Outlined on all three.
+        Outlined on the overlay and the heat map.
     mask_label : str
         What the outline is.
+    title : str
+        What was listened to: a prompt, a piece.
 
     Returns
     -------
@@ -171,28 +184,29 @@ def overlay_figure(
 
     shown = panels[0].imshow(spectrogram.T, cmap="magma", **levels, **image)
     panels[1].imshow(spectrogram.T, cmap="gray", **levels, **image)
-    panels[1].imshow(attention.T, alpha=0.55, **colours, **image)
+    panels[1].imshow(attention.T, alpha=0.5, **colours, **image)
     heated = panels[2].imshow(attention.T, **colours, **image)
 
     titles = ("mel spectrogram", f"attention to {word!r} over it", f"attention to {word!r}")
     for axes, title in zip(panels, titles):
         axes.set_title(title, fontsize=TEXT["title"])
-        axes.set_xlabel("s" if grid.duration is not None else "column", fontsize=TEXT["label"])
+        axes.set_xlabel("time (s)" if grid.duration is not None else "column", fontsize=TEXT["label"])
         axes.tick_params(labelsize=TEXT["tick"])
     panels[0].set_ylabel(f"Hz (mel scale, {grid.scale})", fontsize=TEXT["label"])
     _hertz(panels[0], grid, "y")
     _colour_bar(figure, shown, panels[0], "dB below the maximum")
     shared = [name for name in shared_by if name != word]
-    note = f"scale shared with {', '.join(shared[:4])}{' …' if len(shared) > 4 else ''}" if shared else ""
+    note = f"scale shared with {', '.join(map(repr, shared[:3]))}{' …' if len(shared) > 3 else ''}" if shared else ""
     _colour_bar(figure, heated, panels[2], "\n".join(filter(None, ("attention ÷ its mean", note))))
     if mask is not None:
         outline = _on_grid(mask, grid, "mask")
         if outline.any() and not outline.all():
             times = np.linspace(extent[0], extent[1], 2 * grid.time + 1)[1::2]
             rows = np.arange(grid.mel) + 0.5
-            for axes in panels:
-                axes.contour(times, rows, outline.T, levels=[0.5], colors="white", linewidths=0.7)
+            for axes in panels[1:]:
+                axes.contour(times, rows, outline.T, levels=[0.5], colors="white", linewidths=0.6)
             figure.supxlabel(f"white outline: {mask_label}", fontsize=TEXT["tick"], x=0.99, ha="right")
+    _headline(figure, title)
     return figure
 
 
@@ -252,11 +266,10 @@ def _decibels(log_mel: Floats) -> Floats:
 
 
 def _hertz(axes: Axes, grid: MelGrid, axis: str) -> None:
-    """Ticks in hertz where they lie on the mel axis, none closer to the one before than a fortieth of it."""
-    low = [hz for hz in TICKS_HZ if grid.fmin <= hz <= grid.fmax]
+    """Ticks in hertz where they lie on the mel axis, none closer to the one before than a sixteenth of it."""
     kept: list[float] = []
-    for hz in low:
-        if not kept or grid.hz_to_row(hz) - grid.hz_to_row(kept[-1]) >= grid.mel / 40:
+    for hz in (hz for hz in TICKS_HZ if grid.fmin <= hz <= grid.fmax):
+        if not kept or grid.hz_to_row(hz) - grid.hz_to_row(kept[-1]) >= grid.mel / 16:
             kept.append(hz)
     labels = [f"{hz / 1000:g}k" if hz >= 1000 else f"{hz:g}" for hz in kept]
     rows = [float(grid.hz_to_row(hz)) for hz in kept]
@@ -277,6 +290,11 @@ def _correlations(heat: Floats, target: Floats, energy: Floats | None) -> str:
 
 def _number(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−") if np.isfinite(value) else "undefined"
+
+
+def _headline(figure: Figure, title: str) -> None:
+    if title:
+        figure.suptitle(title, fontsize=TEXT["title"], x=0.01, ha="left")
 
 
 def _colour_bar(figure: Figure, image: Any, axes: Axes, label: str) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Origin = Literal["plugin", "folder", "hub"]
 
-#: what --dtype accepts, and torch's name for it
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+#: torch's names of the dtypes that a pipeline can run in
+DTYPES = ("float32", "bfloat16", "float16")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _INDEX = "model_index.json"
 
@@ -78,8 +78,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     CannotLoad
         Nothing of that name can be loaded, a package is missing, or the device or dtype does not exist.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise CannotLoad(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+    device, kind = _where(device, dtype)
     known = models()
     chosen = next((model for model in known if model.name == name), None)
     origin: Origin = "plugin"
@@ -88,17 +87,17 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
         if chosen is not None:
             pipeline = chosen.load()
         elif folder.exists():
-            origin, pipeline = "folder", _from_folder(folder, name)
+            origin, pipeline = "folder", _from_folder(folder, name, kind)
         elif _HUB_ID.fullmatch(name):
-            origin, pipeline = "hub", _from_hub(name)
+            origin, pipeline = "hub", _from_hub(name, kind)
         else:
             raise CannotLoad(_not_found(name, known))
     except ModuleNotFoundError as error:
         raise CannotLoad(_missing(name, error)) from error
     if hasattr(pipeline, "set_progress_bar_config"):
         pipeline.set_progress_bar_config(disable=True)  # the caller shows its own
-    device, dtype = _place(pipeline, device, dtype)
-    return Loaded(name, pipeline, origin, chosen is None or chosen.trained, device, dtype)
+    _place(pipeline, device, kind)
+    return Loaded(name, pipeline, origin, chosen is None or chosen.trained, device, kind)
 
 
 def sampling_rate(pipeline: Any) -> int:
@@ -139,7 +138,7 @@ def _missing(name: str, error: ModuleNotFoundError) -> str:
     return f'loading {name!r} needs {error.name}, which is not installed: pip install "aiba[diffusers]"'
 
 
-def _from_folder(folder: Path, name: str) -> Any:
+def _from_folder(folder: Path, name: str, dtype: str) -> Any:
     if not folder.is_dir() or not (folder / _INDEX).is_file():
         kind = "a folder without" if folder.is_dir() else "a file, not a folder with"
         raise CannotLoad(
@@ -152,10 +151,13 @@ def _from_folder(folder: Path, name: str) -> Any:
             f"{name!r} holds Python code ({', '.join(code[:3])}), which AIBA does not run. If you trust it, load the "
             "pipeline in Python yourself and pass it to aiba_eval.run.run"
         )
+    import torch
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
+        return DiffusionPipeline.from_pretrained(
+            str(folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise CannotLoad(
             f"{name!r} cannot be loaded: {_one_line(error)}. AIBA reads safetensors weights only; convert others with "
@@ -163,7 +165,7 @@ def _from_folder(folder: Path, name: str) -> Any:
         ) from error
 
 
-def _from_hub(name: str) -> Any:
+def _from_hub(name: str, dtype: str) -> Any:
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -174,25 +176,35 @@ def _from_hub(name: str) -> Any:
             f"there is no folder {name!r} here, and it cannot be fetched from the hub: {_one_line(error)}. Check the "
             "spelling and the connection; for a gated model run `hf auth login` first"
         ) from error
-    return _from_folder(Path(folder), name)
+    return _from_folder(Path(folder), name, dtype)
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def _place(pipeline: Any, device: str, dtype: str) -> tuple[str, str]:
+def _where(device: str, dtype: str) -> tuple[str, str]:
+    """The device and dtype to use, once they are known to exist."""
     import torch
 
+    if dtype != "auto" and dtype not in DTYPES:
+        raise CannotLoad(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    kind = chosen.split(":")[0]
-    kind_dtype = dtype if dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
-    if not hasattr(pipeline, "to"):
-        return chosen, kind_dtype
     try:
-        target = torch.device(chosen)
-        torch.empty(0, device=target)
+        kind = torch.empty(0, device=chosen).device.type
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise CannotLoad(f"device {device!r} cannot be used: {_one_line(error)}. Choose auto or cpu") from error
-    pipeline.to(target, getattr(torch, DTYPES[kind_dtype]))
-    return chosen, kind_dtype
+    return chosen, dtype if dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+
+
+def _place(pipeline: Any, device: str, dtype: str) -> None:
+    """Move a pipeline where it is not already; a part that is right is not touched."""
+    import torch
+
+    target = getattr(torch, dtype)
+    parts = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, torch.nn.Module)]
+    weights = [weight for part in parts for weight in part.parameters() if weight.is_floating_point()]
+    if weights and any(weight.dtype != target for weight in weights):
+        pipeline.to(target)
+    if weights and any(weight.device != torch.device(device) for weight in weights):
+        pipeline.to(device)

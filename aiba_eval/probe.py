@@ -69,7 +69,7 @@ class FrontEnd:
         CannotProbe
             There is no vocoder of that kind.
         """
-        config = getattr(getattr(pipeline, "vocoder", None), "config", None)
+        config: Any = getattr(getattr(pipeline, "vocoder", None), "config", None)
         missing = [n for n in ("sampling_rate", "upsample_rates", "model_in_dim") if not hasattr(config, n)]
         if missing:
             raise CannotProbe(

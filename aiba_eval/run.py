@@ -1,10 +1,10 @@
 """One generation under capture, and everything that is made of it: what ``aiba run`` does.
 
-    DIR/audio.wav      what the model returned, float32
-    DIR/maps.zarr      AttentionMaps of every cross-attention site
-    DIR/figures/       profile.png (the paper's Fig. 2) and overlay-WORD.png (its Fig. 3)
-    DIR/scores.csv     every word that names an instrument against knowledge bands, beside its references
-    DIR/run.json       configuration, versions, seed, files
+DIR/audio.wav      what the model returned, float32
+DIR/maps.zarr      AttentionMaps of every cross-attention site
+DIR/figures/       profile.png (the paper's Fig. 2) and overlay-WORD.png (its Fig. 3)
+DIR/scores.csv     every word that names an instrument against knowledge bands, beside its references
+DIR/run.json       configuration, versions, seed, files
 """
 
 from __future__ import annotations
@@ -166,11 +166,11 @@ def run(
     write_audio(folder.file("audio.wav"), made.audio, made.sample_rate)
     made.maps.save(folder.file("maps.zarr"))
     projected = project(made.maps, spatial=spatial, steps=step_weights)
-    grid = grid_of(projected)
     rows, notes = score_bands(projected, made.audio, made.sample_rate)
     if not loaded.trained:
         notes.insert(0, random_weights(loaded.name))
-    draw(folder, "figures", projected, made.audio, made.sample_rate, band_templates(projected, grid), progress=tell)
+    bands = band_labels(band_templates(projected, grid_of(projected)))
+    draw(folder, "figures", projected, made.audio, made.sample_rate, bands, title=_shorten(prompt, 110), progress=tell)
     write_csv(folder.file("scores.csv"), rows, SCORE_COLUMNS)
     record = {
         "model": loaded.name,
@@ -361,6 +361,12 @@ def band_templates(projected: DataArray, grid: MelGrid) -> dict[str, dict[str, N
     return found
 
 
+def band_labels(bands: Mapping[str, Mapping[str, NDArray[np.bool_]]]) -> dict[str, Mapping[str, NDArray[np.bool_]]]:
+    """The same masks, under the labels that figures show: the widest known first, since it is drawn as an area."""
+    order = sorted(bands, key=lambda preset: preset == "paper")
+    return {f"{preset} band": bands[preset] for preset in order}
+
+
 def score_bands(
     projected: DataArray, audio: NDArray[np.float32], sample_rate: int, grid: MelGrid | None = None
 ) -> tuple[list[Row], list[str]]:
@@ -393,7 +399,9 @@ def score_bands(
             "masks are fixed bands in hertz, the same at all times, not the instruments of this audio: they cannot test timing"
         )
     if not projected.attrs["frequency_resolved"]:
-        notes.append("the model's latent has no frequency axis: its maps are constant in frequency, so bands score at chance")
+        notes.append(
+            "the model's latent has no frequency axis: its maps are constant in frequency, so bands score at chance"
+        )
     return rows, notes
 
 
@@ -423,6 +431,7 @@ def draw(
     masks: Mapping[str, NDArray[np.bool_]] | None = None,
     mask_label: str = "mask",
     words: Sequence[str] | None = None,
+    title: str = "",
     progress: Progress | None = None,
 ) -> list[str]:
     """Draw the profile of all words and an overlay of each into ``folder/under``; names of the files.
@@ -435,14 +444,17 @@ def draw(
         Outlines for the overlays, by word.
     words
         Words to draw overlays of; default all of the maps'.
+    title
+        What was listened to.
     """
     grid = grid_of(projected)
     wave = normalise(audio)
     mel = grid.spectrogram(wave, sample_rate)
     shown = words_of(projected)
     heats = {word: projected.sel(word=word).isel(prompt=0).values for word in shown}
+    energy = references.mix_energy(wave, sample_rate, grid)
     names = [f"{under}/profile.png"]
-    profile = figures.profile_figure(heats, bands, grid=grid, mix=references.mix_energy(wave, sample_rate, grid))
+    profile = figures.profile_figure(heats, bands, grid=grid, mix=energy, title=title)
     figures.save(profile, folder.file(names[0]))
     limits = figures.shared_limits(heats)
     chosen = shown if words is None else list(words)
@@ -457,6 +469,7 @@ def draw(
             shared_by=shown,
             mask=None if masks is None else masks.get(word),
             mask_label=mask_label,
+            title=title,
         )
         names.append(f"{under}/overlay-{file_name(word, names)}.png")
         figures.save(figure, folder.file(names[-1]))

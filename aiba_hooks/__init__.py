@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         UnknownBackbone,
         UnknownWord,
     )
+    from aiba_hooks.interventions import Intervention, intervene
     from aiba_hooks.kernel import Kernel
     from aiba_hooks.lattice import Lattice
     from aiba_hooks.maps import AttentionMaps
@@ -53,6 +54,8 @@ _HOME = {
     "UnknownBackbone": "errors",
     "UnknownWord": "errors",
     "capture": "capturing",
+    "intervene": "interventions",
+    "Intervention": "interventions",
 }
 
 __all__ = [
@@ -65,6 +68,7 @@ __all__ = [
     "CheckColumnError",
     "Conditioning",
     "DegeneratePooling",
+    "Intervention",
     "Kernel",
     "Lattice",
     "LatticeMismatch",
@@ -80,6 +84,7 @@ __all__ = [
     "capture",
     "hookimpl",
     "hookspec",
+    "intervene",
 ]
 
 

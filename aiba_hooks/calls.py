@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class AttentionCall:
     tolerance : what the check column may differ by, relative to the largest output; None takes the dtype's
     reproduction : where ``output`` is not the model's own (kernels that show only what comes after their output projection):
         the relative deviation [] of the module's final output made again, instead of the check column
+    restore : an output [batch, heads, Tq, value_dim] in the kernel's own return format, for edits; None if it cannot be edited
     """
 
     kernel: str
@@ -41,6 +43,7 @@ class AttentionCall:
     dropout: float = 0.0
     tolerance: float | None = None
     reproduction: Callable[[], Tensor] | None = None
+    restore: Callable[[Tensor], Any] | None = None
 
     @property
     def queries(self) -> int:

@@ -433,9 +433,14 @@ class Capture:
         site = self._site(name, index, module, call, run)
         site.calls += 1
         if not self._wants(site) or not self._wants_step(run):
-            return
+            return None
+        return self._act(site, (name, index), call, run)
+
+    def _act(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> interception.Edited | None:
+        """What is done with a call that was chosen."""
         with torch.inference_mode(False), torch.no_grad():
-            self._keep_call(site, (name, index), call, run)
+            self._keep_call(site, key, call, run)
+        return None
 
     # ---- sites
 

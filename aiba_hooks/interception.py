@@ -20,11 +20,23 @@ if TYPE_CHECKING:
 
 
 class Listener(Protocol):
-    """Who is told of intercepted calls."""
+    """Who is told of intercepted calls, after the model's own ran.
+
+    ``observe`` returns None, or the output that the model is to get instead and what that changes in it.
+    """
 
     listening: bool
 
-    def observe(self, function: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None: ...
+    def observe(self, function: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> Edited | None: ...
+
+
+@dataclass
+class Edited:
+    """An edited output: the change to the normalised output [batch, heads, Tq, dim], and the way back to the kernel's format."""
+
+    change: Any
+    restore: Callable[[Any], Any]
+    original: Any
 
 
 #: the captures of this context, outermost first
@@ -116,8 +128,14 @@ def wrapper_of(original: Callable[..., Any]) -> Callable[..., Any]:
         token = _BUSY.set(True)
         try:
             output = original(*args, **kwargs)
+            # everyone sees the model's own output; what edits change is added up
+            made = []
             for listener in listeners:
-                listener.observe(original, args, kwargs, output)
+                edit = listener.observe(original, args, kwargs, output)
+                if edit is not None:
+                    made.append(edit)
+            if made:
+                return made[0].restore(sum((edit.change for edit in made), made[0].original))
         finally:
             _BUSY.reset(token)
         return output

@@ -9,6 +9,8 @@ begins where its instruments play most (`aiba_eval.stems.midi.busiest`). All of 
 validation split, ten and three of them: what is trained on the training split of a full render has not heard them. To
 keep the set at 6 MB, each piece is reduced to a few of its instruments and to 11 bits. The noise of that lies 41 dB or
 more below each stem, and masks made from the stems agree with those from 16 bits (dominance masks: mean IoU 0.998).
+
+The set in the package was made on Debian 12: freedoom and freedm 0.12.1-2, FluidSynth 2.3.1, fluid-soundfont-gm 3.1-5.3.
 """
 
 from __future__ import annotations

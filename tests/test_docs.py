@@ -118,7 +118,7 @@ def run_block(block: Block, namespace: Namespace) -> str:
     with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            exec(code, vars(namespace))  # noqa: S102 - the documentation's own code
+            exec(code, vars(namespace))
         except Exception as error:
             if kind != "raises" or type(error).__name__ != wanted:
                 raise
@@ -331,6 +331,32 @@ def test_every_public_method_has_a_docstring(name):
     assert not missing
 
 
+def members(cls: type) -> list[str]:
+    """Public attributes, fields and methods that a class adds to its base."""
+    inherited = set(dir(cls.__base__))
+    named = {*vars(cls), *getattr(cls, "__annotations__", {})}
+    return sorted(name for name in named if not name.startswith("_") and name not in inherited)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["AttentionCall", "AttentionMaps", "Backbone", "Capture", "Conditioning", "Kernel", "Lattice", "Model", "Site"]
+    + ["SiteCall", "Step", "Tag", "TokenStream"],
+)
+def test_every_member_of_a_class_that_readers_use_is_documented(name):
+    internal = {"Capture": {"observe", "method_called", "listening", "target", "backbone"}}.get(name, set())
+    spans = " ".join(re.findall(r"`([^`\n]+)`", everything()) + [b.text for p in pages() for b in blocks_of(p)])
+    found = members(getattr(aiba_hooks, name))
+    assert found
+    assert not [member for member in found if member not in internal and not re.search(rf"\b{member}\b", spans)]
+
+
+def test_every_argument_of_capture_is_documented():
+    spans = " ".join(re.findall(r"`([^`\n]+)`", everything()))
+    parameters = list(inspect.signature(aiba_hooks.capture).parameters)[1:]
+    assert not [name for name in parameters if f"{name}=" not in spans and f"`{name}`" not in everything()]
+
+
 def test_the_picture_of_the_house_has_every_module():
     picture = (DOCS / "architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", picture))
@@ -378,7 +404,14 @@ def test_make_targets_exist():
 
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
 #: hosts that the documentation may point to
-_HOSTS = {"arxiv.org", "keepachangelog.com", "semver.org", "pytorch.org", "www.apache.org", "www.contributor-covenant.org"}
+_HOSTS = {
+    "arxiv.org",
+    "keepachangelog.com",
+    "semver.org",
+    "pytorch.org",
+    "www.apache.org",
+    "www.contributor-covenant.org",
+}
 
 
 def slug(heading: str) -> str:
@@ -393,9 +426,11 @@ def broken_links(page: Path) -> list[str]:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if not file.exists() or not file.is_relative_to(ROOT):
-            broken.append(target)
-        elif anchor and anchor not in {slug(h) for h in re.findall(r"^#+ (.+?)\s*$", prose_of(file), re.M)}:
+        if (
+            not file.exists()
+            or not file.is_relative_to(ROOT)
+            or (anchor and anchor not in {slug(h) for h in re.findall(r"^#+ (.+?)\s*$", prose_of(file), re.M)})
+        ):
             broken.append(target)
     return broken
 
@@ -427,13 +462,20 @@ def test_every_page_can_be_reached_from_the_readme():
 
 def texts() -> dict[str, str]:
     """Every text file that is published, by path; tests are left out, which may name paths to be refused."""
-    files = [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")]
+    files = [
+        ROOT / n
+        for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")
+    ]
     for folder in (*PACKAGES, "docs", "examples", ".github", ".ci"):
-        files += [f for f in (ROOT / folder).rglob("*") if f.suffix in {".py", ".md", ".yml", ".yaml", ".toml", ".sh", ""}]
+        files += [
+            f for f in (ROOT / folder).rglob("*") if f.suffix in {".py", ".md", ".yml", ".yaml", ".toml", ".sh", ""}
+        ]
     return {name_of(file): file.read_text(encoding="utf-8") for file in files if file.is_file()}
 
 
-_MACHINE = re.compile(r"(?<![\w.<>*)/-])/(?:home|root|work|Users|tmp|mnt|media|private|scratch)/\w|\b[A-Z]:\\\\?Users\b")
+_MACHINE = re.compile(
+    r"(?<![\w.<>*)/-])/(?:home|root|work|Users|tmp|mnt|media|private|scratch)/\w|\b[A-Z]:\\\\?Users\b"
+)
 
 
 def test_no_path_of_one_machine():
@@ -500,7 +542,12 @@ def test_no_package_reads_code_from_data():
         "X.from_pretrained(n, trust_remote_code=True)",
     ):
         assert unsafe(bad), bad
-    for good in ("torch.load(f, weights_only=True)", "np.load(f)", "np.load(f, allow_pickle=False)", "yaml.safe_load(f)"):
+    for good in (
+        "torch.load(f, weights_only=True)",
+        "np.load(f)",
+        "np.load(f, allow_pickle=False)",
+        "yaml.safe_load(f)",
+    ):
         assert not unsafe(good), good
     files = [file for folder in (*PACKAGES, "examples") for file in (ROOT / folder).rglob("*.py")]
     assert len(files) > 20

@@ -187,7 +187,11 @@ def test_retained_memory_is_flat_when_reduced_and_within_the_budget_otherwise(pi
         with capture(pipe, words=["bass"], **options) as cap:
             generate(pipe, "a bass", steps=steps)
         gc.collect()
-        tensors = {id(value): value for store in cap._stores.values() for value in [*store.values.values(), *store.sums.values()]}
+        tensors = {
+            id(value): value
+            for store in cap._stores.values()
+            for value in [*store.values.values(), *store.sums.values()]
+        }
         held = sum(value.untyped_storage().nbytes() for value in tensors.values())
         assert held == cap.held_bytes, "what is counted is what is held"
         return held
@@ -247,7 +251,10 @@ def test_attention_that_no_adapter_caught_is_named_with_the_remedy(inputs, modul
             return self.unseen(self.seen(x, context))
 
     model = Both().eval()
-    with torch.no_grad(), pytest.warns(CoverageWarning, match=rf"unseen \({module.__name__}\): .*{reason}.*write a kernel"):
+    with (
+        torch.no_grad(),
+        pytest.warns(CoverageWarning, match=rf"unseen \({module.__name__}\): .*{reason}.*write a kernel"),
+    ):
         with capture(model, keep="full") as cap:
             model(*inputs)
     assert [(entry.name, entry.module) for entry in cap.uncovered] == [("unseen", module.__name__)]

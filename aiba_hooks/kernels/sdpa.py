@@ -48,6 +48,7 @@ class ScaledDotProductAttention(Kernel):
             output=_to_four(output),
             again=again,
             dropout=float(arguments["dropout_p"]),
+            restore=lambda edited: edited.reshape(output.shape),
         )
 
 
