@@ -13,8 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +55,6 @@ PROMPTS = ("a bass and drums", "a piano and strings")
 UNNAMED = frozenset({"other", "effects", "ethnic"})
 #: pieces fewer than this say little about a class
 FEW_PIECES = 10
-#: parameters below which a pipeline runs on one thread
-TINY = 10_000_000
 #: columns of a summary beside the value
 REFERENCES = ("chance", "mix_energy", "class_prior", "oracle_projection")
 
@@ -128,7 +125,7 @@ def demo(
     duration: float = 5.12,
     timesteps: Sequence[int] = (300, 800),
     draws: int = 1,
-    max_pieces: int = 8,
+    max_pieces: int | None = None,
     seconds: float = 10.24,
     overwrite: bool = True,
     device: str = "auto",
@@ -154,7 +151,7 @@ def demo(
     timesteps, draws
         Of the probes, as in :func:`aiba_eval.probe.probe`.
     max_pieces : int
-        Probe so many pieces at most.
+        Probe so many pieces at most; default all.
     seconds : float
         Probe so much of each piece at most, from its beginning.
     device, dtype, progress
@@ -172,17 +169,14 @@ def demo(
     loaded = as_loaded(default_model() if model is None else model, device=device, dtype=dtype, progress=tell)
     chosen = chosen[:max_pieces]
     probed = []
-    with _few_threads(loaded.pipeline):
-        for number, prompt in enumerate(prompts, 1):
-            made = generate(
-                loaded.pipeline, prompt, seed=seed, steps=steps, guidance=guidance, duration=duration, progress=tell
-            )
-            _write_generation(folder, f"generated/{number}-{file_name(prompt)}", made)
-        for done, piece in enumerate(chosen):
-            tell("probing real mixes", done, len(chosen))
-            probed.append(
-                probe_piece(loaded.pipeline, piece, seconds=seconds, timesteps=timesteps, draws=draws, seed=seed)
-            )
+    for number, prompt in enumerate(prompts, 1):
+        made = generate(
+            loaded.pipeline, prompt, seed=seed, steps=steps, guidance=guidance, duration=duration, progress=tell
+        )
+        _write_generation(folder, f"generated/{number}-{file_name(prompt)}", made)
+    for done, piece in enumerate(chosen):
+        tell("probing real mixes", done, len(chosen))
+        probed.append(probe_piece(loaded.pipeline, piece, seconds=seconds, timesteps=timesteps, draws=draws, seed=seed))
     rows = score_pieces(probed, progress=tell)
     summary = summarise(rows)
     for done, item in enumerate(probed):
@@ -225,7 +219,7 @@ def demo(
         "versions": versions(),
     }
     folder.finish(record)
-    return DemoResult(folder.path, rows, summary, notes, list(folder.files), record)
+    return DemoResult(folder.path, rows, summary, notes, [*folder.files, folder.manifest.name], record)
 
 
 def shipped_pieces(split: str | None = "test") -> list[Piece]:
@@ -359,23 +353,8 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
             values = [row.get(column, float("nan")) for row in valued]
             entry[column] = float(np.mean(values)) if values else float("nan")
         found.append(entry)
-    return found
-
-
-@contextmanager
-def _few_threads(pipeline: Any) -> Iterator[None]:
-    """One thread for a tiny model: its matrices gain next to nothing from more, and waiting for another thread costs
-    tenfold where other processes want the cores."""
-    import torch
-
-    parts = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, torch.nn.Module)]
-    before = torch.get_num_threads()
-    tiny = sum(weight.numel() for part in parts for weight in part.parameters()) < TINY
-    try:
-        torch.set_num_threads(1 if tiny else before)
-        yield
-    finally:
-        torch.set_num_threads(before)
+    order = list(dict.fromkeys(row["mask"] for row in found))
+    return sorted(found, key=lambda row: (order.index(row["mask"]), -row["n"], row["word"], row["timestep"]))
 
 
 def _write_generation(folder: OutputFolder, under: str, made: Generation) -> None:
@@ -388,7 +367,7 @@ def _write_generation(folder: OutputFolder, under: str, made: Generation) -> Non
 
 
 def _notes(loaded: Loaded, probed: Sequence[Probed], summary: Sequence[Row]) -> list[str]:
-    notes = [] if loaded.trained else [random_weights(loaded.name)]
+    notes = [random_weights(loaded.name)] if loaded.trained is False else []
     notes.append(
         f"means over {len(probed)} pieces; n is how many have the instrument. Fewer than {FEW_PIECES} say little about a class"
     )

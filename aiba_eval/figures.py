@@ -33,11 +33,11 @@ FLOOR_DB = 80.0
 LEAST_RANGE = 0.1
 
 ATTENTION = "#c2410c"
-#: the first template is an area, the others are outlines: three areas over one another cannot be read
-TEMPLATES: tuple[dict[str, Any], ...] = (
-    {"fill": True, "color": "#2563eb", "alpha": 0.2},
-    {"color": "#15803d", "linewidth": 1.3, "linestyle": "--"},
-    {"color": "#7e22ce", "linewidth": 1.3, "linestyle": ":"},
+#: a target that changes over time is an area; bands, which do not, are outlines: areas over one another cannot be read
+AREA: dict[str, Any] = {"fill": True, "color": "#2563eb", "alpha": 0.2}
+OUTLINES: tuple[dict[str, Any], ...] = (
+    {"color": "#15803d", "linewidth": 1.4, "linestyle": "--"},
+    {"color": "#7e22ce", "linewidth": 1.4, "linestyle": ":"},
 )
 TEXT = {"title": 11, "label": 9, "tick": 8}
 
@@ -53,8 +53,8 @@ def profile_figure(
     """The frequency profile of each word's attention against its templates (the paper's Fig. 2).
 
     One panel per word: attention averaged over time and divided by its mean, as a line; each template's share of time
-    per mel row, the first as an area, the others as outlines. Beside each template the correlation r of the two
-    profiles, and that of the mix's energy, which has read no text. The panels share their axes.
+    per mel row, as an outline if it is the same at all times (a band), else as an area. Beside each template the
+    correlation r of the two profiles, and that of the mix's energy, which has read no text. The panels share their axes.
 
     Parameters
     ----------
@@ -101,12 +101,16 @@ def profile_figure(
         axes.set_zorder(share.get_zorder() + 1)
         axes.patch.set_visible(False)
         handles = list(axes.get_legend_handles_labels()[0])
-        for number, (label, per_word) in enumerate(targets.items()):
-            if word in per_word:
-                target = _on_grid(per_word[word], grid, f"{label!r} of {word!r}")
-                style = TEMPLATES[number % len(TEMPLATES)]
-                text = f"{label}\n{_correlations(heat, target, energy)}"
-                handles.append(share.stairs(target.mean(axis=0), edges, label=text, **style))
+        outlines = 0
+        for label, per_word in targets.items():
+            if word not in per_word:
+                continue
+            target = _on_grid(per_word[word], grid, f"{label!r} of {word!r}")
+            band = bool((target == target[0]).all())
+            style = OUTLINES[outlines % len(OUTLINES)] if band else AREA
+            outlines += band
+            text = f"{label}\n{_correlations(heat, target, energy)}"
+            handles.append(share.stairs(target.mean(axis=0), edges, label=text, **style))
         axes.set_title(word, loc="left", fontsize=TEXT["title"], fontweight="bold")
         axes.legend(
             handles=handles,
@@ -187,9 +191,9 @@ def overlay_figure(
     panels[1].imshow(attention.T, alpha=0.5, **colours, **image)
     heated = panels[2].imshow(attention.T, **colours, **image)
 
-    titles = ("mel spectrogram", f"attention to {word!r} over it", f"attention to {word!r}")
-    for axes, title in zip(panels, titles):
-        axes.set_title(title, fontsize=TEXT["title"])
+    headings = ("mel spectrogram", f"attention to {word!r} over it", f"attention to {word!r}")
+    for axes, heading in zip(panels, headings):
+        axes.set_title(heading, fontsize=TEXT["title"])
         axes.set_xlabel("time (s)" if grid.duration is not None else "column", fontsize=TEXT["label"])
         axes.tick_params(labelsize=TEXT["tick"])
     panels[0].set_ylabel(f"Hz (mel scale, {grid.scale})", fontsize=TEXT["label"])

@@ -7,6 +7,9 @@ files is refused. Loading a plugin's model runs that plugin, which the user has 
 from __future__ import annotations
 
 import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from aiba_hooks import Model
 
-Origin = Literal["plugin", "folder", "hub"]
+Origin = Literal["plugin", "folder", "hub", "given"]
 
 #: torch's names of the dtypes that a pipeline can run in
 DTYPES = ("float32", "bfloat16", "float16")
+#: parameters below which a pipeline runs on one thread
+TINY = 10_000_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _INDEX = "model_index.json"
 
@@ -37,9 +42,9 @@ class Loaded:
     pipeline
         Ready to be called: on its device, with the dtype asked for, in eval mode.
     origin
-        "plugin" (the hook ``aiba_models``), "folder" or "hub".
+        "plugin" (the hook ``aiba_models``), "folder", "hub", or "given" by the caller.
     trained
-        False if its weights are known to be random; True otherwise.
+        False if its weights are random, as its plugin says; None where nobody says.
     device, dtype
         As chosen.
     """
@@ -47,7 +52,7 @@ class Loaded:
     name: str
     pipeline: Any
     origin: Origin
-    trained: bool
+    trained: bool | None
     device: str
     dtype: str
 
@@ -97,7 +102,7 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     if hasattr(pipeline, "set_progress_bar_config"):
         pipeline.set_progress_bar_config(disable=True)  # the caller shows its own
     _place(pipeline, device, kind)
-    return Loaded(name, pipeline, origin, chosen is None or chosen.trained, device, kind)
+    return Loaded(name, pipeline, origin, None if chosen is None else chosen.trained, device, kind)
 
 
 def sampling_rate(pipeline: Any) -> int:
@@ -117,6 +122,22 @@ def sampling_rate(pipeline: Any) -> int:
     raise CannotLoad(
         f"{type(pipeline).__name__} does not say its sampling rate: neither its vocoder nor its vae has a sampling_rate"
     )
+
+
+@contextmanager
+def few_threads(pipeline: Any) -> Iterator[None]:
+    """One thread for a tiny model: its matrices gain next to nothing from more, and waiting for another thread costs
+    tenfold where other processes want the cores."""
+    import torch
+
+    parts = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, torch.nn.Module)]
+    before = torch.get_num_threads()
+    tiny = sum(weight.numel() for part in parts for weight in part.parameters()) < TINY
+    try:
+        torch.set_num_threads(1 if tiny else before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _not_found(name: str, known: list[Model]) -> str:
@@ -155,9 +176,10 @@ def _from_folder(folder: Path, name: str, dtype: str) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(
-            str(folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
-        )
+        with _without_bars():
+            return DiffusionPipeline.from_pretrained(
+                str(folder), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+            )
     except (OSError, ValueError, KeyError) as error:
         raise CannotLoad(
             f"{name!r} cannot be loaded: {_one_line(error)}. AIBA reads safetensors weights only; convert others with "
@@ -179,8 +201,25 @@ def _from_hub(name: str, dtype: str) -> Any:
     return _from_folder(Path(folder), name, dtype)
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the libraries' own loading bars off, and leave that as found."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(text, 160, placeholder=" …").rstrip(".")
 
 
 def _where(device: str, dtype: str) -> tuple[str, str]:

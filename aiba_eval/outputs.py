@@ -19,7 +19,8 @@ class OutputFolder:
     """A folder with a manifest, ``<kind>.json``, that lists what was written into it.
 
     The manifest is what tells a former output folder from any other. Writing again removes the files that it lists and
-    nothing else, so notes that a user has put there stay.
+    nothing else, so notes that a user has put there stay. Nothing is made or removed before the first file is written:
+    a command that fails earlier leaves things as they were.
 
     Parameters
     ----------
@@ -40,9 +41,7 @@ class OutputFolder:
         self.path = Path(path).expanduser()
         self.kind = kind
         self.files: list[str] = []
-        self._clear(overwrite)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._write({"complete": False})
+        self._former = self._check(overwrite)
 
     @property
     def manifest(self) -> Path:
@@ -51,6 +50,9 @@ class OutputFolder:
 
     def file(self, name: str) -> Path:
         """Path of a file or folder to be written now; its parent exists."""
+        for former in self._former:
+            _remove(self.path, former)
+        self._former = []
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name not in self.files:
@@ -60,19 +62,20 @@ class OutputFolder:
         return path
 
     def finish(self, record: Mapping[str, Any]) -> Path:
-        """Write the manifest with ``record``: configuration, versions, results."""
+        """Write the manifest with ``record``: configuration, versions, results; the last call."""
         self._write({"complete": True, **record})
         return self.manifest
 
     def _write(self, record: Mapping[str, Any]) -> None:
         write_json(self.manifest, {"aiba": self.kind, **record, "files": self.files})
 
-    def _clear(self, overwrite: bool) -> None:
+    def _check(self, overwrite: bool) -> list[str]:
+        """What an earlier command has written and is to be removed."""
         if self.path.exists() and not self.path.is_dir():
             raise FolderInUse(f"{self.path} is a file, and a folder is to be written there: name another with --out")
         if not self.path.is_dir() or not any(self.path.iterdir()):
-            return
-        listed = self._former()
+            return []
+        listed = self._listed()
         if listed is None:
             raise FolderInUse(
                 f"{self.path} is not empty and is no former output folder of `aiba {self.kind}`: name another with --out"
@@ -82,10 +85,9 @@ class OutputFolder:
                 f"{self.path} holds the output of an earlier `aiba {self.kind}`: name another with --out, or replace it "
                 "with --overwrite"
             )
-        for name in listed:
-            _remove(self.path, name)
+        return listed
 
-    def _former(self) -> list[str] | None:
+    def _listed(self) -> list[str] | None:
         """What an earlier command of this kind has written, or None if there was none."""
         try:
             record = json.loads(self.manifest.read_text(encoding="utf-8"))

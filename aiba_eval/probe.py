@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aiba_eval.grid import MelGrid
+from aiba_eval.loading import few_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,7 +223,7 @@ def probe(
     if not hasattr(pipeline, "encode_prompt") or not hasattr(pipeline, "scheduler"):
         raise CannotProbe(f"{type(pipeline).__name__} has no encode_prompt or no scheduler: a probe needs both")
     device = pipeline._execution_device
-    with torch.no_grad():
+    with few_threads(pipeline), torch.no_grad():
         clean = encode(pipeline, normalise(waveform), sample_rate)
         with capture(pipeline, words=words, layers=layers) as captured:
             # by keyword, without guidance: every row of the denoiser's batch is the prompt's

@@ -24,10 +24,11 @@ from numpy.typing import NDArray
 
 from aiba_eval import figures, references, templates
 from aiba_eval.grid import MelGrid, project
-from aiba_eval.loading import Loaded, load, sampling_rate
+from aiba_eval.loading import Loaded, few_threads, load, sampling_rate
 from aiba_eval.outputs import OutputFolder, write_csv
 from aiba_eval.probe import normalise
 from aiba_eval.scoring import Row, score
+from aiba_hooks.words import check_words
 
 if TYPE_CHECKING:
     from xarray import DataArray
@@ -147,6 +148,7 @@ def run(
     """
     tell = progress or _quiet
     folder = OutputFolder(out, "run", overwrite=overwrite)
+    check_words(list(words or ()), [prompt])  # before anything is loaded
     loaded = as_loaded(model, device=device, dtype=dtype, progress=tell)
     made = generate(
         loaded.pipeline,
@@ -167,7 +169,7 @@ def run(
     made.maps.save(folder.file("maps.zarr"))
     projected = project(made.maps, spatial=spatial, steps=step_weights)
     rows, notes = score_bands(projected, made.audio, made.sample_rate)
-    if not loaded.trained:
+    if loaded.trained is False:
         notes.insert(0, random_weights(loaded.name))
     bands = band_labels(band_templates(projected, grid_of(projected)))
     draw(folder, "figures", projected, made.audio, made.sample_rate, bands, title=_shorten(prompt, 110), progress=tell)
@@ -193,7 +195,7 @@ def run(
         "notes": notes,
     }
     folder.finish(record)
-    return RunResult(folder.path, made, projected, rows, notes, list(folder.files), record)
+    return RunResult(folder.path, made, projected, rows, notes, [*folder.files, folder.manifest.name], record)
 
 
 def as_loaded(
@@ -206,7 +208,7 @@ def as_loaded(
         (progress or _quiet)(f"loading {model}", 0, None)
         return load(model, device=device, dtype=dtype)
     return Loaded(
-        type(model).__name__, model, "plugin", True, str(getattr(model, "device", "")), str(getattr(model, "dtype", ""))
+        type(model).__name__, model, "given", None, str(getattr(model, "device", "")), str(getattr(model, "dtype", ""))
     )
 
 
@@ -266,7 +268,11 @@ def generate(
     call: dict[str, Any] = {"prompt": prompt, **arguments, **_callback(accepted, what, steps, progress or _quiet)}
     if "generator" in accepted:
         call["generator"] = torch.Generator().manual_seed(seed)
-    with _seeded(seed), capture(pipeline, words=words, layers=layers, heads=heads, budget=budget) as captured:
+    with (
+        few_threads(pipeline),
+        _seeded(seed),
+        capture(pipeline, words=words, layers=layers, heads=heads, budget=budget) as captured,
+    ):
         audios = pipeline(**call).audios
     audio = np.asarray(audios[0].float().cpu() if hasattr(audios[0], "cpu") else audios[0], dtype=np.float32)
     if not np.isfinite(audio).all():
@@ -362,9 +368,8 @@ def band_templates(projected: DataArray, grid: MelGrid) -> dict[str, dict[str, N
 
 
 def band_labels(bands: Mapping[str, Mapping[str, NDArray[np.bool_]]]) -> dict[str, Mapping[str, NDArray[np.bool_]]]:
-    """The same masks, under the labels that figures show: the widest known first, since it is drawn as an area."""
-    order = sorted(bands, key=lambda preset: preset == "paper")
-    return {f"{preset} band": bands[preset] for preset in order}
+    """The same masks, under the labels that figures show."""
+    return {f"{preset} band": masks for preset, masks in bands.items()}
 
 
 def score_bands(
@@ -410,7 +415,9 @@ def score_bands(
 
 def random_weights(name: str) -> str:
     """The line that has to stand beside maps of an untrained model."""
-    return f"{name} has random weights: its maps mean nothing, and its scores should sit at chance"
+    return (
+        f"{name} has random weights: its maps mean nothing and its scores should sit near chance, leaning by accident"
+    )
 
 
 def write_audio(path: Path, audio: NDArray[np.float32], sample_rate: int) -> None:

@@ -80,7 +80,7 @@ class Backbone:
     ----------
     name : what ``aiba plugins`` and the provenance of maps call it
     denoiser_names : attributes of the pipeline that hold its denoiser, first found wins
-    prompt_method : the pipeline's method that encodes prompts; each call to it starts a new run
+    prompt_method : the pipeline's method (or methods) that encode prompts; each call to one starts a new run
     ranking_method : the method that re-sorts finished audio, if there is one (see ``order``)
     branches : guidance branches in the order in which the denoiser's batch (or its separate passes) holds them
     batched : True if one forward holds all branches along its batch axis, False if each branch is a forward of its own
@@ -89,11 +89,17 @@ class Backbone:
 
     name: str = "backbone"
     denoiser_names: Sequence[str] = ("unet", "transformer")
-    prompt_method: str | None = "encode_prompt"
+    prompt_method: str | Sequence[str] | None = "encode_prompt"
     ranking_method: str | None = None
     branches: Sequence[str] = ("unconditional", "conditional")
     batched: bool = True
     cross_ratio: float | None = None
+
+    @property
+    def prompt_methods(self) -> tuple[str, ...]:
+        """``prompt_method`` as a tuple."""
+        method = self.prompt_method
+        return () if method is None else (method,) if isinstance(method, str) else tuple(method)
 
     def matches(self, target: Any) -> bool:
         """Whether this backbone describes ``target``. Compare class names; do not import the library here."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from aiba_hooks.tagging import Tag
 
 #: error of the check column that a dtype's rounding explains, relative to the largest output of the call
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -32,6 +35,10 @@ class AttentionCall:
     reproduction : where ``output`` is not the model's own (kernels that show only what comes after their output projection):
         the relative deviation [] of the module's final output made again, instead of the check column
     restore : an output [batch, heads, Tq, value_dim] in the kernel's own return format, for edits; None if it cannot be edited
+    tag : what the adapter knows about the source of the keys from the call itself, before any other evidence
+    inside : where the call is made above the attention module that it stands for, the name of that module in the calling
+        one: the site is then the same whichever path runs
+    prepare : where query, key and value are stand-ins of the right shapes, the call with real ones; see ``prepared``
     """
 
     kernel: str
@@ -44,6 +51,13 @@ class AttentionCall:
     tolerance: float | None = None
     reproduction: Callable[[], Tensor] | None = None
     restore: Callable[[Tensor], Any] | None = None
+    tag: Tag | None = None
+    inside: str | None = None
+    prepare: Callable[[], AttentionCall] | None = None
+
+    def prepared(self) -> AttentionCall:
+        """The call with real tensors, once it was chosen: kernels that project inside spare the others the projections."""
+        return self if self.prepare is None else self.prepare()
 
     @property
     def queries(self) -> int:
@@ -104,8 +118,12 @@ class AttentionCall:
         def fill(columns: Tensor, start: int, stop: int) -> None:
             columns[:, :, wanted[start:stop], torch.arange(stop - start, device=columns.device)] = 1
 
+        checked = None
         for start, stop, answer, error in self._asks(len(wanted), fill):
-            yield wanted[start:stop], answer, error
+            checked = error if checked is None else checked
+            if stop > start or not len(wanted):  # values of width 1 leave no room beside the check column
+                yield wanted[start:stop], answer, checked
+                checked = torch.zeros_like(checked)
 
     def _asks(self, count: int, fill: Callable[[Tensor, int, int], None]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Ask for ``count`` columns in as many calls as their width allows: ``(start, stop, answer, error)``.
@@ -158,8 +176,9 @@ class AttentionCall:
 
 def deviation(answer: Tensor, output: Tensor) -> Tensor:
     """Largest |answer − output| relative to the largest |output|; entries that the model itself made non-finite do not count."""
-    answer, output = answer.float(), output.float()
+    if output.dtype != torch.float64:
+        answer, output = answer.float(), output.float()
     finite = torch.isfinite(output)
     difference = torch.where(finite, (answer - output).abs(), torch.zeros_like(output))
     scale = torch.where(finite, output.abs(), torch.zeros_like(output)).amax()
-    return torch.nan_to_num(difference.amax(), nan=math.inf) / scale.clamp_min(1e-6)
+    return (torch.nan_to_num(difference.amax(), nan=math.inf) / scale.clamp_min(1e-6)).float()

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from aiba_hooks import compilation, interception, selectors
+from aiba_hooks import compilation, fastpaths, interception, selectors
 from aiba_hooks.backbone import Backbone, Conditioning, SiteCall, Step
 from aiba_hooks.calls import AttentionCall
 from aiba_hooks.coverage import Audit, CoverageWarning, Uncovered, uncovered
@@ -250,12 +250,12 @@ class Capture:
             stack.callback(self._watch.close)
             self._audit = Audit(self._names)
             stack.callback(self._audit.stop)
-            stack.callback(denoiser.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
-            stack.callback(denoiser.register_forward_hook(self._after_forward, always_call=True).remove)
+            for undo in fastpaths.watch_forward(denoiser, self._before_forward, self._after_forward):
+                stack.callback(undo)
             if self.backbone is None:
                 self._runs.append(_Run())
             else:
-                for name in (self.backbone.prompt_method, self.backbone.ranking_method, "prepare_latents"):
+                for name in (*self.backbone.prompt_methods, self.backbone.ranking_method, "prepare_latents"):
                     if name is not None and hasattr(self.target, name):
                         stack.callback(interception.PATCHES.release, observe_method(self.target, name))
             interception.ACTIVE.set((*interception.ACTIVE.get(), self))
@@ -327,9 +327,10 @@ class Capture:
         bound.apply_defaults()
         self._arguments = bound.arguments
         if not self._runs:
+            methods = " or ".join(self.backbone.prompt_methods) if self.backbone is not None else ""
             raise RuntimeError(
-                f"the denoiser ran before {type(self.target).__name__}.{self.backbone and self.backbone.prompt_method} was "
-                "called inside the capture, so the prompt is unknown. Encode the prompt inside the with block"
+                f"the denoiser ran before {type(self.target).__name__}.{methods} was called inside the capture, so the "
+                "prompt is unknown. Encode the prompt inside the with block"
             )
         run = self._runs[-1]
         self._step, self._branch_rows = self._place_in_schedule(run)
@@ -400,7 +401,7 @@ class Capture:
     def method_called(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         """A method of the pipeline that the backbone watches has returned."""
         assert self.backbone is not None
-        if name == self.backbone.prompt_method:
+        if name in self.backbone.prompt_methods:
             if self._runs and not self._runs[-1].forwards:
                 self._runs.pop()  # encoded again before denoising: the last prompt counts
             conditioning = self.backbone.conditioning(self.target, arguments, result)
@@ -412,21 +413,26 @@ class Capture:
         elif name == "prepare_latents" and self._runs:
             self._runs[-1].seeds = _seeds(arguments.get("generator"))
 
-    def observe(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def observe(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> interception.Edited | None:
         """One kernel call of this context, after the model's own."""
         kernel = self._adapters.get(function)
         where = calling_module(self._names, 3)
         if kernel is None or where is None:
-            return
+            return None
         call = kernel.read(function, kernel.bind(function, args, kwargs), output)
         if call is None:
-            return
+            return None
         if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph is being recorded inside the capture: its replays call no function that could be seen. "
                 "Run the model without CUDA graphs while it is captured"
             )
         name, module = where
+        if call.inside is not None:
+            module = getattr(module, call.inside, module)
+            name = self._names.get(id(module), name)
         index = self._forward_calls.get(name, 0)
         self._forward_calls[name] = index + 1
         run = self._runs[-1]
@@ -439,7 +445,7 @@ class Capture:
     def _act(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> interception.Edited | None:
         """What is done with a call that was chosen."""
         with torch.inference_mode(False), torch.no_grad():
-            self._keep_call(site, key, call, run)
+            self._keep_call(site, key, call.prepared(), run)
         return None
 
     # ---- sites
@@ -456,8 +462,8 @@ class Capture:
 
     def _tag(self, name: str, module: Any, call: AttentionCall, run: _Run) -> Tag:
         queries, keys = call.queries, call.keys
-        tag = None
-        if self._watch.enabled:
+        tag = call.tag
+        if tag is None and self._watch.enabled:
             tag = from_sources(self._watch.sources(module, self._arguments), queries, keys)
         backbone = self.backbone
         unseen = Tag("unknown")

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from aiba_hooks.interception import intercepting
+from aiba_hooks.interception import Watcher, intercepting
 from aiba_hooks.sites import attention_like, calling_module
 
 _SOFTMAX = {"softmax", "_softmax", "log_softmax"}
@@ -42,7 +41,7 @@ class Uncovered:
         return f"{self.name or '(the module itself)'} ({self.module}): {self.reason}"
 
 
-class Audit(TorchFunctionMode):
+class Audit(Watcher):
     """Watches for a softmax whose result is multiplied with something, outside every intercepted kernel."""
 
     def __init__(self, names: Mapping[int, str]) -> None:

@@ -10,10 +10,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
+
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 if TYPE_CHECKING:
     from aiba_hooks.kernel import Kernel
@@ -48,6 +51,24 @@ _BUSY: ContextVar[bool] = ContextVar("aiba_busy", default=False)
 def intercepting() -> bool:
     """True inside an intercepted kernel: what runs now is the kernel's own, or an ask."""
     return _BUSY.get()
+
+
+class Watcher(TorchFunctionMode):
+    """A mode that only looks. Code that behaves differently under a mode runs ``unwatched``."""
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Suspend our own modes in this thread; anyone else's stay, and so do ours below them."""
+    suspended = []
+    while isinstance(mode := _get_current_function_mode(), Watcher):
+        mode.__exit__(None, None, None)
+        suspended.append(mode)
+    try:
+        yield
+    finally:
+        for mode in reversed(suspended):
+            mode.__enter__()
 
 
 @dataclass
@@ -127,19 +148,23 @@ def wrapper_of(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         token = _BUSY.set(True)
         try:
-            output = original(*args, **kwargs)
-            # everyone sees the model's own output; what edits change is added up
-            made = []
-            for listener in listeners:
-                edit = listener.observe(original, args, kwargs, output)
-                if edit is not None:
-                    made.append(edit)
-            if made:
-                return made[0].restore(sum((edit.change for edit in made), made[0].original))
+            with unwatched():  # compiled kernels are compiled anew under a mode
+                output = original(*args, **kwargs)
+                # everyone sees the model's own output; what edits change is added up
+                made = []
+                for listener in listeners:
+                    edit = listener.observe(original, args, kwargs, output)
+                    if edit is not None:
+                        made.append(edit)
+                if made:
+                    return made[0].restore(sum((edit.change for edit in made), made[0].original))
         finally:
             _BUSY.reset(token)
         return output
 
+    # copied from a compiled function: whoever compiles a caller would compile past the interceptor
+    for name in [name for name in vars(intercepted) if name.startswith("_torchdynamo")]:
+        delattr(intercepted, name)
     _WRAPPERS[id(original)] = (original, intercepted)
     return intercepted
 
@@ -176,7 +201,7 @@ def attributes(functions: Iterable[Any], modules: Iterable[Any]) -> Iterator[tup
         for name, value in vars(module).items():
             if id(value) in wanted:
                 yield module, name, value
-        classes.setdefault(type(module))
+        classes.update(dict.fromkeys(type(module).__mro__))
     for cls in classes:
         for name, value in vars(cls).items():
             if id(value) in wanted or (isinstance(value, staticmethod) and id(value.__func__) in wanted):

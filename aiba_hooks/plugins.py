@@ -20,7 +20,11 @@ from aiba_hooks import specs
 
 GROUP = "aiba"
 #: torch's own kernels belong to the core and are there whatever else is installed
-DEFAULT_PLUGINS = ("aiba_hooks.kernels.sdpa",)
+DEFAULT_PLUGINS = (
+    "aiba_hooks.kernels.sdpa",
+    "aiba_hooks.kernels.multihead_attention",
+    "aiba_hooks.kernels.flex",
+)
 
 
 class PluginWarning(UserWarning):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aiba_hooks.fastpaths import without_hooks
 from aiba_hooks.tagging import Source, Tag
 
 #: path components that wrappers insert and that say nothing about the model
@@ -127,10 +128,11 @@ class SourceWatch:
     def __init__(self, root: nn.Module) -> None:
         self._read: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.ran: set[int] = set()
+        unhooked = without_hooks(root)
         self._handles = [
             module.register_forward_hook(self._hook)
             for module in root.modules()
-            if not any(True for _ in module.children()) and _is_projection(module)
+            if id(module) not in unhooked and not any(True for _ in module.children()) and _is_projection(module)
         ]
         self.enabled = False
 

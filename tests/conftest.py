@@ -9,11 +9,17 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("quick", max_examples=40, derandomize=True, **_COMMON)
+settings.register_profile("full", max_examples=500, **_COMMON)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads():
-    torch.set_num_threads(2)
+def _one_thread():
+    torch.set_num_threads(1)  # the models are tiny; threads only get in each other's way
 
 
 @pytest.fixture(scope="session")

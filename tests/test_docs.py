@@ -3,8 +3,8 @@
 How pages are written (CONTRIBUTING.md says the same): the blocks ``python`` of a page run top to bottom as one module, in an
 empty folder. ``python raises=NAME`` has to raise that exception, ``python warns=NAME`` to warn so. A block ``text output``
 is what the block before it printed, raised or warned: ``...`` stands for anything, spaces and line ends are alike, and a
-number of two decimals or more may be off by one in the last. ``python no-run: REASON`` is not run. ``$ aiba ...`` and ``$ make ...`` in a block ``console`` are
-commands, options and targets that exist.
+number of two decimals or more may be off by one in the last. ``python no-run: REASON`` is not run. ``$ aiba ...`` and ``$ make ...`` in a block ``console`` are commands, options and targets
+that exist; the commands of ``console run`` are run, and those of ``console fails`` have to fail.
 
 ``python -m tests.test_docs PAGE`` runs a page and prints what its blocks give.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -27,6 +27,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class Block:
 
     @property
     def runs(self) -> bool:
+        if self.language == "console":
+            return self.option in ("run", "fails")
         return self.language == "python" and not self.option.startswith("no-run")
 
     @property
@@ -110,6 +113,8 @@ class Namespace(types.ModuleType):
 
 def run_block(block: Block, namespace: Namespace) -> str:
     """Run one block; what it printed, or ``Name: message`` of what it was to raise or warn."""
+    if block.language == "console":
+        return run_commands(block)
     kind, _, wanted = block.option.partition("=")
     if block.option and kind not in ("raises", "warns"):
         raise ValueError(f"{block.place}: unknown option {block.option!r}")
@@ -133,6 +138,30 @@ def run_block(block: Block, namespace: Namespace) -> str:
     return printed.getvalue()
 
 
+def commands_of(block: Block) -> list[list[str]]:
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line[2:]) for line in lines if line.startswith("$ ")]
+
+
+def run_commands(block: Block) -> str:
+    """Run ``$ aiba`` commands in this process; what they printed on stdout, or on stderr where they are to fail."""
+    from typer.testing import CliRunner
+
+    from aiba_eval.cli.app import app
+
+    printed = []
+    for program, *arguments in commands_of(block):
+        if program != "aiba":
+            raise ValueError(f"{block.place}: only aiba is run here, not {program}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"}, catch_exceptions=False)
+        if result.exit_code != (2 if block.option == "fails" else 0):
+            raise AssertionError(f"{block.place}: exit code {result.exit_code}\n{result.output}")
+        printed.append(result.stderr if block.option == "fails" else result.stdout)
+    return "".join(printed)
+
+
 def run_page(page: Path) -> Iterator[tuple[Block, str, Block | None]]:
     """Run a page: (block, what it gave, the ``text output`` that follows it)."""
     blocks = blocks_of(page)
@@ -152,7 +181,7 @@ def check_output(block: Block, shown: Block, given: str) -> None:
         raise AssertionError(f"{shown.place} shows\n{shown.text}\nbut {block.place} gives\n{given}")
 
 
-_VARIES = re.compile(r"(\.{3}|\d+\.\d{2,})")
+_VARIES = re.compile(r"( ?\.{3} ?|\d+\.\d{2,})")
 
 
 def matches(shown: str, given: str) -> bool:
@@ -161,7 +190,7 @@ def matches(shown: str, given: str) -> bool:
     for i, part in enumerate(_VARIES.split(" ".join(shown.split()))):
         if i % 2 == 0:
             pattern += re.escape(part)
-        elif part == "...":
+        elif part.strip() == "...":
             pattern += ".*?"
         else:
             pattern += r"(\d+\.\d+)"
@@ -176,6 +205,7 @@ def test_outputs_are_compared():
     assert matches("a ...\nb", "a 1 2 3\n  b\n")
     assert matches("0.50 1.234", "0.51 1.233")
     assert matches("x", "x\n")
+    assert matches("a\n...\nb", "a\nb\n")
     for shown, given in (("0.50", "0.52"), ("1.0", "0.9"), ("3", "4"), ("a b", "ab"), ("a", "a b"), ("a...", "b")):
         assert not matches(shown, given), (shown, given)
 
@@ -227,6 +257,8 @@ _FAILING_PAGES = {
     "no exception": "```python raises=KeyError\npass\n```\n",
     "no warning": "```python warns=UserWarning\npass\n```\n",
     "exception": "```python\n1 / 0\n```\n",
+    "command that fails": "```console run\n$ aiba run no-such-model --prompt x\n```\n",
+    "command that does not fail": "```console fails\n$ aiba plugins\n```\n",
     "unknown option": "```python rasies=KeyError\npass\n```\n",
     "names of another page": "```python\nblocks_of\n```\n",
 }
@@ -338,11 +370,13 @@ def members(cls: type) -> list[str]:
     return sorted(name for name in named if not name.startswith("_") and name not in inherited)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["AttentionCall", "AttentionMaps", "Backbone", "Capture", "Conditioning", "Kernel", "Lattice", "Model", "Site"]
-    + ["SiteCall", "Step", "Tag", "TokenStream"],
+#: their members are what a reader of the pages writes; others (Intervention) add none of their own
+_CLASSES = (
+    "AttentionCall AttentionMaps Backbone Capture Conditioning Kernel Lattice Model Site SiteCall Step Tag TokenStream"
 )
+
+
+@pytest.mark.parametrize("name", _CLASSES.split())
 def test_every_member_of_a_class_that_readers_use_is_documented(name):
     internal = {"Capture": {"observe", "method_called", "listening", "target", "backbone"}}.get(name, set())
     spans = " ".join(re.findall(r"`([^`\n]+)`", everything()) + [b.text for p in pages() for b in blocks_of(p)])
@@ -358,28 +392,78 @@ def test_every_argument_of_capture_is_documented():
 
 
 def test_the_picture_of_the_house_has_every_module():
+    """A module is named, or its folder is (``kernels/*.py``); what is named is there."""
     picture = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", picture))
-    there = {
-        file.relative_to(ROOT / package).as_posix()
-        for package in PACKAGES
-        for file in (ROOT / package).rglob("*.py")
-        if not file.name.startswith("__init__")
-    }
-    assert named == there, "docs/architecture.md: not there, or not in the picture"
+    parts = dict(re.findall(r"^### (aiba_\w+)\n(.*?)(?=^##)", picture, re.M | re.S))
+    assert set(parts) == set(PACKAGES)
+    for package, part in parts.items():
+        patterns = re.findall(r"`([\w/*]+\.py)`", part)
+        files = [file.relative_to(ROOT / package).as_posix() for file in (ROOT / package).rglob("*.py")]
+        modules = [file for file in files if not file.endswith("__init__.py")]
+        assert not [m for m in modules if not any(fnmatch(m, p) for p in patterns)], f"not in the picture of {package}"
+        assert not [p for p in patterns if not any(fnmatch(f, p) for f in files)], f"not in {package}"
 
 
 # ---- commands
 
 
 def console_lines() -> list[tuple[str, list[str]]]:
-    found = []
-    for page in pages():
-        for block in blocks_of(page):
-            if block.language == "console":
-                text = block.text.replace("\\\n", " ")
-                found += [(block.place, shlex.split(line[2:])) for line in text.splitlines() if line.startswith("$ ")]
+    blocks = [block for page in pages() for block in blocks_of(page) if block.language == "console"]
+    return [(block.place, words) for block in blocks for words in commands_of(block)]
+
+
+def commands() -> dict[str, set[str]]:
+    """Every command of ``aiba`` and the options that it takes: ``{"stems render": {"--jobs", ...}}``."""
+    from typer.main import get_command
+
+    from aiba_eval.cli.app import app
+
+    found = {}
+
+    def visit(name: str, command: Any) -> None:
+        options = {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+        found[name] = options | {"--help"}
+        for child, below in getattr(command, "commands", {}).items():
+            visit(f"{name} {child}".strip(), below)
+
+    visit("", get_command(app))
     return found
+
+
+def unknown_in(words: list[str]) -> list[str]:
+    """What of an ``aiba`` command line does not exist: the command, or options of it."""
+    known, rest = commands(), words[1:]
+    depth = max(n for n in range(len(rest) + 1) if " ".join(rest[:n]) in known)
+    name = " ".join(rest[:depth])
+    group = any(other.startswith(f"{name} ".lstrip()) and other != name for other in known)
+    if group and rest[depth:] and not rest[depth].startswith("-"):
+        return [rest[depth]]
+    return [word for word in rest[depth:] if word.startswith("-") and word.partition("=")[0] not in known[name]]
+
+
+def test_commands_on_the_pages_exist():
+    lines = [(place, words) for place, words in console_lines() if words[0] == "aiba"]
+    assert lines
+    assert not {place: unknown for place, words in lines if (unknown := unknown_in(words))}
+    assert unknown_in(["aiba", "plugins", "--json"]) == []
+    assert unknown_in(["aiba", "plugin"]) == ["plugin"]
+    assert unknown_in(["aiba", "stems", "bake", "here"]) == ["bake"]
+    assert unknown_in(["aiba", "run", "demo:random", "--promt", "x"]) == ["--promt"]
+
+
+def test_every_command_and_option_is_on_the_page_of_the_command_line():
+    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    parts = re.split(r"^## ", page, flags=re.M)
+    for name, options in commands().items():
+        if any(other.startswith(f"{name} ".lstrip()) and other != name for other in commands()):
+            continue  # a group: its commands have their parts
+        part = next((part for part in parts if part.startswith(f"aiba {name}\n")), None)
+        assert part is not None, f"aiba {name}"
+        assert not [option for option in options - {"--help"} if not re.search(rf"`{option}\b", part)], name
+
+
+def test_console_blocks_hold_known_programs():
+    assert {words[0] for _, words in console_lines()} <= {"aiba", "make"}
 
 
 def targets() -> set[str]:
@@ -398,6 +482,21 @@ def test_make_targets_exist():
         check_make(words)
     with pytest.raises(AssertionError):
         check_make(["make", "coffee"])
+
+
+# ---- the picture
+
+
+def test_the_picture_in_the_readme_is_made_by_its_script(tmp_path):
+    path = ROOT / "examples" / "readme_picture.py"
+    spec = importlib.util.spec_from_file_location("readme_picture", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    made = script.main(["--draws", "1", "--out", str(tmp_path / "picture.png")]).read_bytes()
+    shown = script.OUT.read_bytes()
+    assert made.startswith(b"\x89PNG") and made[16:24] == shown[16:24]  # width and height
+    assert f"]({name_of(script.OUT)})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 # ---- links and places

@@ -101,6 +101,7 @@ class Intervention(Capture):
             raise RuntimeError(
                 f"{site.name} runs with dropout {call.dropout}, which an edited call cannot repeat; use .eval()"
             )
+        call = call.prepared()
         rows = self._rows(site, call, run)
         store = self._stores.setdefault((len(self._runs) - 1, *key), self._open_store(site, call, run))
         site.captured, site.reason = True, "edited"

@@ -1,0 +1,206 @@
+"""The commands. Each prints a report on stdout, or with --json exactly one JSON document; progress is on stderr."""
+
+from __future__ import annotations
+
+import enum
+import importlib.metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aiba_eval.cli.show import Report, expected_errors
+
+app = typer.Typer(
+    name="aiba",
+    help="See, score and steer what text-to-audio diffusion models attend to.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    add_completion=False,
+)
+stems_app = typer.Typer(help="Multi-stem music to score against.", no_args_is_help=True)
+app.add_typer(stems_app, name="stems")
+
+
+class Heads(enum.StrEnum):
+    """--heads"""
+
+    mean = "mean"
+    all = "all"
+
+
+class Spatial(enum.StrEnum):
+    """--spatial"""
+
+    mean = "mean"
+    max = "max"
+    topk = "topk"
+
+
+class StepWeights(enum.StrEnum):
+    """--step-weights"""
+
+    uniform = "uniform"
+    late = "late"
+
+
+class Dtype(enum.StrEnum):
+    """--dtype"""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Device = Annotated[str, typer.Option(help="A torch device such as cuda:1; auto is a GPU if there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto is bfloat16 on a GPU and float32 elsewhere.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the noise, drawn on the CPU: the same on every device.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(importlib.metadata.version("aiba"))
+        raise typer.Exit
+
+
+@app.callback()
+def aiba(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """See, score and steer what text-to-audio diffusion models attend to."""
+
+
+@app.command()
+def plugins(json: Json = False) -> None:
+    """List the plugins, what each offers, and those that failed to load."""
+    from aiba_eval.cli.listing import list_plugins
+
+    report = Report(json)
+    with expected_errors(report):
+        report.plugins(list_plugins())
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="A registered model, a folder with a model_index.json, or a hub id.")],
+    prompt: Annotated[str, typer.Option(help="Text to generate from.")],
+    word: Annotated[
+        list[str] | None,
+        typer.Option(help="A word or phrase of the prompt to keep a map of; repeat for more. Default: every word."),
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
+    seed: Seed = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoiser steps.")] = 50,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 or less is without.")] = 2.5,
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds of audio.")] = 8.0,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Capture sites whose name matches this pattern; repeat for more.")
+    ] = None,
+    heads: Annotated[Heads, typer.Option(help="Average the heads, or keep each in the maps.")] = Heads.mean,
+    spatial: Annotated[Spatial, typer.Option(help="How layers and steps are aggregated.")] = Spatial.mean,
+    step_weights: Annotated[
+        StepWeights, typer.Option(help="Weigh steps equally, or late ones more (1/sigma).")
+    ] = StepWeights.uniform,
+    budget: Annotated[str, typer.Option(help="Largest size of the maps kept in memory, such as 500MB.")] = "2GiB",
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("aiba-run"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")] = False,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: Json = False,
+) -> None:
+    """Generate audio under capture; write audio, maps, figures and scores."""
+    report = Report(json)
+    with expected_errors(report):
+        from aiba_eval.run import run as generate
+
+        with report.progress() as progress:
+            result = generate(
+                model,
+                prompt,
+                words=word or None,
+                negative=negative,
+                seed=seed,
+                steps=steps,
+                guidance=guidance,
+                duration=duration,
+                layers=layers or "*",
+                heads=heads.value,
+                spatial=spatial.value,
+                step_weights=step_weights.value,
+                budget=budget,
+                out=out,
+                overwrite=overwrite,
+                device=device,
+                dtype=dtype.value,
+                progress=progress,
+            )
+        report.run(result)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo's is replaced.")] = Path("aiba-demo"),
+    model: Annotated[
+        str | None,
+        typer.Option(help="As for `aiba run`. Default: a trained demo model if there is one, else demo:random."),
+    ] = None,
+    seed: Seed = 0,
+    pieces: Annotated[int | None, typer.Option(min=1, help="Probe so many pieces at most.")] = None,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: Json = False,
+) -> None:
+    """Generate, then probe real music whose stems are known, and score against them. No download."""
+    report = Report(json)
+    with expected_errors(report):
+        from aiba_eval.demo import demo as demonstrate
+
+        with report.progress() as progress:
+            result = demonstrate(
+                model, out=out, seed=seed, max_pieces=pieces, device=device, dtype=dtype.value, progress=progress
+            )
+        report.demo(result)
+
+
+@stems_app.command("render")
+def stems_render(
+    out: Annotated[Path, typer.Argument(help="Folder of the set; made if it is not there.")],
+    source: Annotated[
+        list[str] | None, typer.Option(help="Where the MIDI comes from; repeat for more. Default: freedoom, freedm.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="fluidsynth or tinysoundfont.")] = "fluidsynth",
+    soundfont: Annotated[Path | None, typer.Option(help="An .sf2 or .sf3 file; default a known one.")] = None,
+    sample_rate: Annotated[int, typer.Option(help="16000 or 44100 hertz.")] = 44_100,
+    max_seconds: Annotated[float | None, typer.Option(help="At most so much of each piece.")] = None,
+    max_pieces: Annotated[int | None, typer.Option(min=1, help="Stop when the set has so many.")] = None,
+    require: Annotated[
+        list[str] | None, typer.Option(help="An instrument that a piece must have, or guitar|piano; repeat for more.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Parts rendered at a time; default one per processor.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Render a multi-stem set in Slakh's layout from freely licensed MIDI; goes on where it was stopped."""
+    report = Report(json)
+    with expected_errors(report):
+        from aiba_eval.stems import render
+
+        with report.progress() as progress:
+            summary = render(
+                out,
+                sources=tuple(source) if source else ("freedoom", "freedm"),
+                engine=engine,
+                soundfont=soundfont,
+                sample_rate=sample_rate,
+                max_seconds=max_seconds,
+                max_pieces=max_pieces,
+                require=tuple(require or ()),
+                jobs=jobs,
+                progress=lambda state: progress("rendering", state.done, state.total),
+            )
+        report.stems(summary)

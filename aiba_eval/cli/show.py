@@ -1,0 +1,295 @@
+"""Reports for people and for programs, progress, and errors that have a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from aiba_eval.demo import DemoResult
+    from aiba_eval.run import RunResult
+
+Progress = Callable[[str, int, int | None], None]
+Row = Mapping[str, Any]
+
+#: what a score table shows of each metric's references, with its heading
+BESIDE = {
+    "chance": "chance",
+    "mix_energy": "mix energy",
+    "class_prior": "class prior",
+    "oracle_projection": "oracle",
+}
+
+
+class Report:
+    """Where a command's output goes: tables on stdout, or one JSON document; progress and errors on stderr."""
+
+    def __init__(self, json: bool) -> None:
+        self.json = json
+        self.out = Console(highlight=False)
+        self.err = Console(stderr=True, highlight=False)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A bar with the time left, on a terminal; otherwise one line when something new begins."""
+        with _quiet_libraries():
+            if not self.err.is_terminal:
+                yield _Lines(self.err)
+                return
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                SpinnerColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as Bars
+
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            with Bars(*columns, console=self.err, transient=True) as bars:
+                yield _Bar(bars)
+
+    def document(self, value: Any) -> None:
+        """Print the JSON document."""
+        from aiba_eval.outputs import dump_json
+
+        print(dump_json(value))
+
+    def error(self, message: str) -> None:
+        """Say what went wrong, on stderr; with --json on stdout too, so that there is always one document."""
+        print(f"aiba: {message}", file=sys.stderr)
+        if self.json:
+            self.document({"error": message})
+
+    def say(self, text: str) -> None:
+        """A paragraph of the report."""
+        self.out.print(escape(text), soft_wrap=True)
+
+    def plugins(self, listing: Mapping[str, Any]) -> None:
+        """`aiba plugins`."""
+        if self.json:
+            self.document(listing)
+            return
+        table = _table()
+        for heading in ("plugin", "from", "offers"):
+            table.add_column(heading, overflow="fold")
+        for plugin in listing["plugins"]:
+            offers = {
+                "backbone": plugin["backbones"],
+                "kernel": plugin["kernels"],
+                "model": [model["name"] for model in plugin["models"]],
+            }
+            offered = "\n".join(f"{kind} {name}" for kind, names in offers.items() for name in names)
+            table.add_row(
+                *map(escape, (plugin["name"], plugin["distribution"] or plugin["module"], offered or "nothing"))
+            )
+        self.out.print(table)
+        for plugin in listing["plugins"]:
+            for model in plugin["models"]:
+                self.say(f"{model['name']}: {model['summary']}")
+        for failure in listing["failures"]:
+            self.say(f"failed to load: {failure['name']}: {failure['error']}")
+
+    def run(self, result: RunResult) -> None:
+        """`aiba run`."""
+        if self.json:
+            self.document({"out": result.out, "files": result.files, **result.record, "scores": result.scores})
+            return
+        if result.scores:
+            self.out.print(_run_table(result.scores))
+        self._close(result)
+
+    def demo(self, result: DemoResult) -> None:
+        """`aiba demo`."""
+        if self.json:
+            self.document({"out": result.out, "files": result.files, **result.record})
+            return
+        self.out.print(_demo_table(result.summary))
+        self._close(result)
+
+    def stems(self, summary: Any) -> None:
+        """`aiba stems render`."""
+        if self.json:
+            self.document(dataclasses.asdict(summary))
+            return
+        splits = ", ".join(f"{count} {name}" for name, count in summary.splits.items())
+        self.say(
+            f"{summary.rendered} pieces rendered, {summary.kept} kept from before, {len(summary.skipped)} skipped: "
+            f"{summary.seconds / 60:.1f} min of {summary.tunes} tunes ({splits})"
+        )
+        self.say(f"in {summary.root}")
+
+    def _close(self, result: RunResult | DemoResult) -> None:
+        for note in result.notes:
+            self.say(f"• {note}")
+        self.say(f"\nWritten to {result.out.resolve()}:")
+        for line in _folded(result.files):
+            self.say(f"  {line}")
+
+
+class _Bar:
+    """Progress on a terminal: one bar, which starts again when something else begins."""
+
+    def __init__(self, bars: Any) -> None:
+        self.bars = bars
+        self.what = ""
+        self.task: Any = None
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        if what != self.what:
+            if self.task is not None:
+                self.bars.remove_task(self.task)
+            self.task = self.bars.add_task(escape(what), total=total)
+            self.what = what
+        self.bars.update(self.task, completed=done, total=total)
+
+
+class _Lines:
+    """Progress into a file or pipe: a line for each thing that begins."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.what = ""
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        if what != self.what:
+            self.console.print(escape(f"{what} …"), soft_wrap=True)
+            self.what = what
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep other libraries' own remarks out of the report: they are about their own development."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        # zarr: text labels have no place in the Zarr 3 specification yet; AttentionMaps.load reads them
+        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
+        yield
+
+
+@contextmanager
+def expected_errors(report: Report) -> Iterator[None]:
+    """End with a message and exit code 2 on errors that say what to do; any other keeps its traceback."""
+    try:
+        yield
+    except Exception as error:
+        message = _remedy(error)
+        if message is None:
+            raise
+        report.error(message)
+        raise typer.Exit(2) from None
+
+
+def _remedy(error: Exception) -> str | None:
+    """The message of an error that a user can act upon."""
+    if isinstance(error, ModuleNotFoundError):
+        if "pip install" in str(error):
+            return str(error)
+        if error.name is None or error.name.split(".")[0] not in _EXTRAS:
+            return None
+        extra = _EXTRAS[error.name.split(".")[0]]
+        return f'this command needs {error.name}, which is not installed: pip install "aiba[{extra}]"'
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return str(error) if names & _EXPECTED else None
+
+
+# by name: comparing classes would import what raises them
+_EXPECTED = {"AibaError", "BadOutput", "CannotLoad", "CannotProbe", "DamagedAudio", "FolderInUse", "StemsError"}
+_EXTRAS = {
+    "diffusers": "diffusers",
+    "transformers": "diffusers",
+    "accelerate": "diffusers",
+    "librosa": "eval",
+    "matplotlib": "eval",
+    "sklearn": "eval",
+    "scipy": "eval",
+    "soundfile": "eval",
+    "soxr": "eval",
+    "yaml": "eval",
+    "zarr": "eval",
+}
+
+
+def _table(title: str | None = None) -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1), pad_edge=False
+    )
+
+
+def _run_table(rows: Sequence[Row]) -> Table:
+    shown = [row for row in rows if row["metric"] == "average_precision"]
+    correlation = {(r["word"], r["mask"]): r for r in rows if r["metric"] == "profile_pearson"}
+    beside = [name for name in BESIDE if any(name in row for row in shown)]
+    table = _table("Average precision of word maps against knowledge bands")
+    for heading in ("word", "band"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("area", "AP", *(BESIDE[name] for name in beside), "profile r"):
+        table.add_column(heading, justify="right")
+    for row in shown:
+        profile = correlation[row["word"], row["mask"]]["value"]
+        mask = f"{row['mask'].removeprefix('band:')} {row['low_hz']:g}–{row['high_hz']:g} Hz"
+        numbers = [row["mask_area"], row["value"], *(row[name] for name in beside), profile]
+        table.add_row(escape(row["word"]), mask, *map(_number, numbers))
+    return table
+
+
+def _demo_table(summary: Sequence[Row]) -> Table:
+    shown = [row for row in summary if row["metric"] == "average_precision"]
+    levels = sorted({row["timestep"] for row in shown})
+    table = _table("Average precision of word maps on real mixes at noise levels t, mean over n pieces")
+    for heading in ("mask", "word"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("n", *(f"t={level}" for level in levels), *BESIDE.values()):
+        table.add_column(heading, justify="right")
+    groups: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in shown:
+        groups.setdefault((row["mask"], row["word"]), {})[row["timestep"]] = row
+    before = ""
+    for (mask, word), by_level in groups.items():
+        if before not in ("", mask):
+            table.add_section()
+        any_level = next(iter(by_level.values()))
+        numbers = [by_level[level]["value"] if level in by_level else math.nan for level in levels]
+        numbers += [any_level[name] for name in BESIDE]
+        table.add_row(mask if mask != before else "", escape(word), str(any_level["n"]), *map(_number, numbers))
+        before = mask
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def _folded(files: Sequence[str]) -> list[str]:
+    """File names by folder, one line each."""
+    folders: dict[str, list[str]] = {}
+    for name in files:
+        parent, _, leaf = name.rpartition("/")
+        folders.setdefault(parent, []).append(leaf)
+    return [
+        f"{parent + '/' if parent else ''}{{{', '.join(names)}}}"
+        if len(names) > 1
+        else f"{parent + '/' if parent else ''}{names[0]}"
+        for parent, names in folders.items()
+    ]

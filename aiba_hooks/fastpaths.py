@@ -1,0 +1,83 @@
+"""torch's Transformer layers stand aside for whoever watches; a capture must not be the reason, or outputs would move.
+
+``nn.TransformerEncoderLayer`` leaves its fast path where it or any module in it has a forward hook, and it,
+``nn.MultiheadAttention`` and ``nn.TransformerEncoder`` leave theirs under any torch-function mode
+(``torch/nn/modules/transformer.py``, ``activation.py``). A capture watches with both. So: no hooks inside such layers (their
+kernels know what query and key are), the forward of a layer that is itself the target is wrapped rather than hooked, and
+the coverage audit looks away inside torch's own modules, where nothing is left for it to find."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from aiba_hooks.interception import PATCHES, unwatched
+
+_Undo = Callable[[], Any]
+
+
+def watch_forward(root: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[_Undo]:
+    """Call ``before(module, args, kwargs)`` and ``after(module, args, output)`` around every forward of ``root``, also if it
+    fails, on whichever path torch takes by itself. Yields what undoes each step."""
+    for cls in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder):
+        if any(isinstance(module, cls) for module in root.modules()):
+            key = PATCHES.acquire(cls, "forward", cls.forward, _look_away(cls.forward))
+            yield functools.partial(PATCHES.release, key)
+    if id(root) not in without_hooks(root):
+        yield root.register_forward_pre_hook(before, with_kwargs=True).remove
+        yield root.register_forward_hook(after, always_call=True).remove
+        return
+    observer = (before, after)
+    key = PATCHES.acquire(root, "forward", root.forward, _observed(root))
+    observers = vars(root)["forward"].observers  # another capture's may be installed already
+    observers.append(observer)
+    yield functools.partial(PATCHES.release, key)
+    yield functools.partial(observers.remove, observer)
+
+
+def without_hooks(root: nn.Module) -> set[int]:
+    """Ids of the modules below ``root`` that must have no hooks."""
+    layers = (m for m in root.modules() if isinstance(m, nn.TransformerEncoderLayer) and _is_torchs(m))
+    return {id(module) for layer in layers for module in layer.modules()}
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether the attention below one of torch's Transformer modules is torch's own."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return isinstance(module.self_attn, nn.MultiheadAttention)
+    # an encoder's nested path is for torch's own layers only
+    return isinstance(module, nn.MultiheadAttention) or getattr(module, "use_nested_tensor", False)
+
+
+def _look_away(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def unwatched_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not _is_torchs(self):
+            return forward(self, *args, **kwargs)
+        with unwatched():
+            return forward(self, *args, **kwargs)
+
+    return unwatched_forward
+
+
+def _observed(root: nn.Module) -> Callable[..., Any]:
+    forward, observers = root.forward, []  # type: ignore[var-annotated]
+
+    @functools.wraps(forward)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        called = list(observers)
+        output = None
+        try:
+            for before, _ in called:
+                before(root, args, kwargs)
+            output = forward(*args, **kwargs)
+        finally:
+            for _, after in called:
+                after(root, args, output)
+        return output
+
+    observed.observers = observers  # type: ignore[attr-defined]
+    return observed
