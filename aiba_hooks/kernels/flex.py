@@ -39,7 +39,7 @@ class FlexAttention(Kernel):
         if _HOME not in sys.modules:
             return
         flex = original_of(sys.modules[_HOME].flex_attention)
-        derived = {id(f): f for f in map(original_of, _held(modules)) if _derives(f, flex)}
+        derived = {id(f): f for f in map(original_of, _wrapping(modules)) if _derives(f, flex)}
         # a registry of our own: whoever holds one of them by value is found by their identity
         registry = dict(enumerate(derived.values()))
         for key, function in registry.items():
@@ -55,6 +55,8 @@ class FlexAttention(Kernel):
             )
         if key.shape[0] != query.shape[0]:  # one batch row of keys for all queries
             key, value = (tensor.expand(query.shape[0], -1, -1, -1) for tensor in (key, value))
+        if value.dtype.itemsize == 1:  # 8-bit floats cannot be indexed, nor hold weights such as 1/n
+            value = value.to(query.dtype)
         inference = torch.is_inference_mode_enabled()
         # a graph would be recorded through tensors that need one: those asks are compiled once more, without
         gradients = torch.is_grad_enabled() and not any(t.requires_grad for t in (query, key, value))
@@ -77,17 +79,21 @@ class FlexAttention(Kernel):
         )
 
 
-def _held(modules: Sequence[Any]) -> Iterator[Any]:
-    """Everything that globals of imported modules and attributes of the target's modules hold by value."""
+def _wrapping(modules: Sequence[Any]) -> list[Any]:
+    """Functions that wrap another, and partials, among globals of imported modules and attributes of the target's modules."""
     loaded = [module for name, module in list(sys.modules.items()) if not name.startswith("torch.")]
     spaces = [getattr(module, "__dict__", {}) for module in (*loaded, *modules)]
     spaces += [vars(cls) for cls in {cls for module in modules for cls in type(module).__mro__}]
+    found = []
     for space in spaces:
         for value in list(space.values()):
-            value = value.__func__ if isinstance(value, staticmethod) else value
-            # compiled functions are plain ones; asking a lazy import for an attribute would import it
-            if type(value) is FunctionType or type(value) is functools.partial:
-                yield value
+            kind = type(value)
+            if kind is staticmethod:
+                value, kind = value.__func__, type(value.__func__)
+            # by exact type: asking a lazily imported name for an attribute would import it
+            if kind is functools.partial or (kind is FunctionType and hasattr(value, "__wrapped__")):
+                found.append(value)
+    return found
 
 
 def _derives(function: Any, flex: Any) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,3 +107,26 @@ def load(kind: Kind, root: Path = WEIGHTS) -> Any:
         if isinstance(part, torch.nn.Module):
             part.eval()
     return pipe
+
+
+def save(pipe: Any, kind: Kind, root: Path) -> None:
+    """Write a pipeline as fp16 safetensors under ``root``, in place of an earlier one; then call :func:`record`."""
+    import torch
+
+    folder = root / kind
+    shutil.rmtree(folder, ignore_errors=True)
+    pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipe.to(torch.float32)
+    if kind == "dit":
+        for shared in ("vae", "vocoder"):
+            shutil.rmtree(folder / shared)  # in ../unet
+
+
+def record(root: Path) -> dict[str, dict[str, Any]]:
+    """Write sizes and SHA-256 digests of every file of the pipelines under ``root``; returns them."""
+    files = sorted(path for kind in ("unet", "dit") for path in (root / kind).rglob("*") if path.is_file())
+    digests = {
+        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
+    }
+    (root / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+    return digests

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +70,8 @@ def main() -> None:
         for name, state in states.items():
             modules = trained_modules(pipe, kind).values() if name == kind else [getattr(pipe, name)]
             card[name] = facts(state, sum(p.numel() for module in modules for p in module.parameters()))
-        folder = options.out / kind
-        shutil.rmtree(folder, ignore_errors=True)
-        pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
-        if kind == "dit":
-            for shared in ("vae", "vocoder"):
-                shutil.rmtree(folder / shared)  # in ../unet
-    files = sorted(path for kind in kinds for path in (options.out / kind).rglob("*") if path.is_file())
-    digests = {
-        path.relative_to(options.out).as_posix(): {"bytes": path.stat().st_size, "sha256": trained.sha256(path)}
-        for path in files
-    }
-    (options.out / trained.DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
+        trained.save(pipe, kind, options.out)
+    digests = trained.record(options.out)
     (options.out / "training.json").write_text(json.dumps(card, indent=1) + "\n")
     for kind in kinds:
         size = sum(about["bytes"] for name, about in digests.items() if name.startswith(trained.needed(kind)))

@@ -1,0 +1,172 @@
+"""Write the model card of the embedded weights from what was recorded: training, digests, evidence.
+
+    python examples/training/card.py --evidence evidence.json
+
+It is called MODEL_CARD.md and lies beside the weights; no number in it is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from aiba_plugins.demo import trained
+
+INTRODUCTION = """\
+# Model card: demo:unet and demo:dit
+
+Two small text-to-audio models that are trained for real, so that AIBA shows something true on a machine without a
+connection. They share data, mel definition (AudioLDM2's: 16 kHz, 64 bins, hop 10 ms), mel VAE and vocoder; only the
+denoiser and its text encoder differ:
+
+- **demo:unet** is diffusers' `AudioLDM2Pipeline`: a U-Net with AudioLDM2's topology (no attention at the first level, three
+  transformers per position), T5, a GPT-2 stream, CLAP. CLAP is tiny and random: it only feeds the GPT-2 stream.
+- **demo:dit** is `MelDiTPipeline`: diffusers' `StableAudioDiTModel` on the same latent with its 16 bands folded into channels,
+  so that its tokens are time columns and its attention has no frequency axis.
+
+They are for demonstrating and testing attention analysis. They make short sketches of General MIDI instruments, not music.
+"""
+
+LIMITS = """\
+## Limits
+
+- Trained on General MIDI renderings with one soundfont: an instrument has the same few timbres in every piece, held-out ones
+  included. Splits are by tune, so a held-out piece is a new tune with known timbres.
+- Clips of 2.56 s: longer audio has no large-scale form. The vocoder has no discriminator: transients and noise are smeared.
+- The vocabulary is about 80 words (`aiba_plugins.demo.vocabulary`); any other word is spelt in letters and means nothing.
+- Scores on these models say how methods compare on them, and nothing about AudioLDM2 or Stable Audio.
+- The music's licences are free ones, some of them copyleft; the weights hold no audio of it. See `NOTICE` of the stem set.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=trained.WEIGHTS)
+    parser.add_argument("--evidence", type=Path, default=None, help="what examples/evidence_demo.py wrote")
+    options = parser.parse_args()
+    facts = json.loads((options.weights / "training.json").read_text())
+    digests = json.loads((options.weights / trained.DIGESTS).read_text())
+    evidence = json.loads(options.evidence.read_text()) if options.evidence else {}
+    sections = [INTRODUCTION, data(facts["data"]), training(facts)]
+    sections += [scores(kind, evidence[kind]) for kind in ("unet", "dit") if kind in evidence]
+    sections += [LIMITS, files(digests)]
+    (options.weights / "MODEL_CARD.md").write_text("\n".join(sections), encoding="utf-8")
+
+
+def data(about: dict[str, Any]) -> str:
+    """Which music, under which licences."""
+    listed = [f"| {name} | {count} |" for name, count in sorted(about["licences"].items())]
+    instruments = sorted(about["instruments"].items(), key=lambda item: -item[1])
+    named = ", ".join(f"{name} {count}" for name, count in instruments)
+    return "\n".join(
+        [
+            "## Data\n",
+            f"{about['pieces']} pieces of game music, rendered from MIDI with FluidR3 GM (MIT), 60 s of each at most; training",
+            "split only.\n",
+            "| licence | pieces |",
+            "|---|---|",
+            *listed,
+            f'\nPieces per instrument: {named}. "ethnic", "effects" and "other" stems are not used.\n',
+        ]
+    )
+
+
+def training(facts: dict[str, Any]) -> str:
+    """Steps, time and loss of every part."""
+    rows, curves = [], []
+    for part in ("vae", "vocoder", "unet", "dit"):
+        if part not in facts:
+            continue
+        of = facts[part]
+        options = of["options"]
+        first, last = of["loss_curve"][0], of["loss_curve"][-1]
+        rows.append(
+            f"| {part} | {of['parameters'] / 1e6:.2f} M | {of['steps']} | {options['batch']} × {options['seconds']} s | "
+            f"{options['rate']:g} | {of['training_seconds'] / 60:.0f} min | {first[1]:.3f} → {last[1]:.3f} |"
+        )
+        points = of["loss_curve"][:: max(1, len(of["loss_curve"]) // 12)]
+        curves.append(f"- {part}: " + ", ".join(f"{step}: {loss:.3f}" for step, loss in points))
+    return "\n".join(
+        [
+            "## Training\n",
+            "Two shared CPU cores, `examples/training/`, seed 0, AdamW, averaged weights (0.999); denoisers predict v, with one",
+            "prompt in ten empty.\n",
+            "| part | parameters | steps | batch | rate | time | loss, first 50 steps → last |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "\nLoss by step:\n",
+            *curves,
+            "",
+        ]
+    )
+
+
+def figure(value: list[float]) -> str:
+    """A mean with its interval."""
+    return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
+
+
+def scores(kind: str, of: dict[str, Any]) -> str:
+    """Contrasts, references and generation of one model."""
+    lines = [f"## Scores of demo:{kind}\n"]
+    if "contrasts" in of:
+        found = of["contrasts"]
+        level = str(found["level"])
+        null = found["reinitialised_word_swap"]
+        lines += [
+            f"Cross-attention against dominance masks, {found['clips']} clips of {found['pieces']} held-out pieces, timestep {level}",
+            "(chosen on the validation split), 4 noise draws; unit = piece, 95 % BCa intervals; AP / chance is a ratio of means.",
+            "Definitions: `examples/evidence_demo.py`.\n",
+            "| word | pieces | AP | chance | AP / chance | word swap |",
+            "|---|---|---|---|---|---|",
+        ]
+        for group, row in found["by_level"][level].items():
+            lines.append(
+                f"| {group} | {row['pieces']} | {figure(row['ap'])} | {row['chance']:.3f} | {row['ap_over_chance']:.2f} | "
+                f"{figure(row['word_swap'])} |"
+            )
+        lines += ["\n| reference, all words | AP | word swap |", "|---|---|---|"]
+        for name, rows in found["references"].items():
+            lines.append(f"| {name} | {figure(rows['all']['ap'])} | {figure(rows['all']['word_swap'])} |")
+        if null:
+            lines.append(f"\nWord swap of {len(null)} re-initialisations: {min(null):.3f} to {max(null):.3f}.")
+        by_level = ", ".join(f"{k}: {rows['all']['word_swap'][0]:.3f}" for k, rows in found["by_level"].items())
+        lines.append(f"Word swap by timestep: {by_level}.\n")
+    if "generation" in of:
+        found = of["generation"]
+        names = found["classes"]
+        lines += [
+            "Generated audio (20 seeds per instrument, 20 steps, guidance 2.5, 5 s), heard by a classifier trained on single",
+            f"training stems (right on {found['classifier_on_real_test_stems']:.0%} of held-out real ones): "
+            f"**{found['accuracy']:.0%}** named as prompted.\n",
+            f"| prompt | {' | '.join(names)} | median centroid |",
+            "|---|" + "---|" * (len(names) + 1),
+        ]
+        for name in names:
+            row = found["confusion"][name]
+            lines.append(
+                f"| {name} | {' | '.join(str(row[n]) for n in names)} | {found['median_centroid'][name]:.0f} Hz |"
+            )
+        lines.append("")
+    if "speed" in of:
+        lines.append(
+            f"5 s of audio, 20 steps with guidance: {of['speed']['plain']:.1f} s, with capture {of['speed']['captured']:.1f} s "
+            f"({of['speed']['threads']} CPU threads, machine not idle).\n"
+        )
+    return "\n".join(lines)
+
+
+def files(digests: dict[str, Any]) -> str:
+    """SHA-256 of the weights; digests.json has every file."""
+    rows = [
+        f"| {name} | {about['bytes']} | `{about['sha256']}` |"
+        for name, about in digests.items()
+        if name.endswith(".safetensors")
+    ]
+    return "\n".join(["## Files\n", "| file | bytes | SHA-256 |", "|---|---|---|", *rows, ""])
+
+
+if __name__ == "__main__":
+    main()
