@@ -25,7 +25,7 @@ from aiba_eval import references, templates
 from aiba_eval.grid import MelGrid, project
 from aiba_eval.loading import Loaded, models
 from aiba_eval.outputs import OutputFolder, write_csv
-from aiba_eval.probe import Encode, Predict, encode_audioldm2, normalise, predict_audioldm2, probe
+from aiba_eval.probe import Encode, Predict, normalise, probe
 from aiba_eval.run import (
     Generation,
     Progress,
@@ -239,8 +239,8 @@ def probe_piece(
     draws: int = 1,
     seed: int = 0,
     grid: MelGrid | None = None,
-    encode: Encode = encode_audioldm2,
-    predict: Predict = predict_audioldm2,
+    encode: Encode | None = None,
+    predict: Predict | None = None,
 ) -> Probed:
     """Probe one piece with a prompt that names its instruments, and find what its stems dominate.
 
@@ -294,7 +294,8 @@ def probe_piece(
 
 def at_timestep(maps: Mapping[str, DataArray], timestep: int) -> dict[str, DataArray]:
     """The steps of a probe's maps at one noise level."""
-    return {site: array.isel(step=np.flatnonzero(array["timestep"].values == timestep)) for site, array in maps.items()}
+    # rounded: some denoisers take the timestep as a share of the range
+    return {s: a.isel(step=np.flatnonzero(np.rint(a["timestep"].values) == timestep)) for s, a in maps.items()}
 
 
 def prompt_of(instruments: Sequence[str]) -> str:

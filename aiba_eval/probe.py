@@ -9,8 +9,9 @@ At high noise (t near the end of training's range) the model speaks from the tex
 both. Average several draws of noise.
 
 This module takes diffusers' AudioLDM2 pipelines, and others of their class: a 2-D ``vae`` on log-mels, a ``vocoder``
-whose configuration states the mel, a ``scheduler`` with ``alphas_cumprod``, and ``encode_prompt``. Another backbone
-passes its own ``encode`` and ``predict`` (see :func:`probe`).
+whose configuration states the mel, a ``scheduler`` with ``alphas_cumprod``, and ``encode_prompt``. For a pipeline of
+another class, its backbone plugin may have methods ``encode(target, waveform, sample_rate)`` and
+``predict(target, latents, timestep, conditioning)``; or they are passed to :func:`probe`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from aiba_eval.grid import MelGrid
 from aiba_eval.loading import few_threads
+from aiba_hooks.plugins import manager
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +129,18 @@ def encode_audioldm2(pipeline: Any, waveform: NDArray[np.float32], sample_rate: 
 
 
 def predict_audioldm2(pipeline: Any, latents: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
-    """One forward of AudioLDM2's U-Net, called as the pipeline calls it."""
+    """One forward of AudioLDM2's U-Net, called as the pipeline calls it.
+
+    Raises
+    ------
+    CannotProbe
+        The pipeline has no U-Net.
+    """
+    if not hasattr(pipeline, "unet"):
+        raise CannotProbe(
+            f"{type(pipeline).__name__} has no unet: give its backbone a method predict(target, latents, timestep, "
+            "conditioning) that runs its denoiser once, or pass predict="
+        )
     prompt_embeds, attention_mask, generated_prompt_embeds = conditioning
     return pipeline.unet(
         latents,
@@ -172,8 +185,8 @@ def probe(
     draws: int = 1,
     seed: int = 0,
     layers: str | Sequence[str] = "*",
-    encode: Encode = encode_audioldm2,
-    predict: Predict = predict_audioldm2,
+    encode: Encode | None = None,
+    predict: Predict | None = None,
 ) -> AttentionMaps:
     """Maps of the words of a prompt on real audio.
 
@@ -197,7 +210,8 @@ def probe(
     layers
         As in :func:`aiba_hooks.capture`.
     encode, predict : callable, optional
-        For backbones of another class; see :data:`Encode` and :data:`Predict`.
+        See :data:`Encode` and :data:`Predict`. Default: the backbone's own methods of these names where it has them,
+        else :func:`encode_audioldm2` and :func:`predict_audioldm2`.
 
     Returns
     -------
@@ -222,9 +236,12 @@ def probe(
         raise ValueError(f"need at least one timestep and one draw, got timesteps={list(timesteps)}, draws={draws}")
     if not hasattr(pipeline, "encode_prompt") or not hasattr(pipeline, "scheduler"):
         raise CannotProbe(f"{type(pipeline).__name__} has no encode_prompt or no scheduler: a probe needs both")
+    own = next((b for b in manager().collect("aiba_backbones") if b.matches(pipeline)), None)
+    to_latents: Encode = encode if encode is not None else getattr(own, "encode", encode_audioldm2)
+    denoise: Predict = predict if predict is not None else getattr(own, "predict", predict_audioldm2)
     device = pipeline._execution_device
     with few_threads(pipeline), torch.no_grad():
-        clean = encode(pipeline, normalise(waveform), sample_rate)
+        clean = to_latents(pipeline, normalise(waveform), sample_rate)
         with capture(pipeline, words=words, layers=layers) as captured:
             # by keyword, without guidance: every row of the denoiser's batch is the prompt's
             conditioning = pipeline.encode_prompt(
@@ -235,5 +252,5 @@ def probe(
                 for _ in range(draws):
                     noise = torch.randn(clean.shape, generator=generator).to(clean)
                     noised = add_noise(pipeline, clean, noise, timestep)
-                    predict(pipeline, noised, torch.tensor(timestep, device=device), conditioning)
+                    denoise(pipeline, noised, torch.tensor(timestep, device=device), conditioning)
     return captured.maps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aiba_hooks.tagging import Tag
@@ -70,7 +70,6 @@ class SiteCall:
     arguments: Mapping[str, Any]
     target: Any
     conditioning: Conditioning | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Backbone:

@@ -594,7 +594,8 @@ class Capture:
         need = 4 * kept_rows * heads * per_row
         if self._held + need > self._budget:
             raise CaptureBudgetExceeded(
-                f"{site.name}: keeping {call.queries} queries × {columns} columns × {heads} heads × {kept_rows} rows needs "
+                f"{site.label}: keeping {_count(call.queries, 'query', 'queries')} × {_count(columns, 'column')} × "
+                f"{_count(heads, 'head')} × {_count(kept_rows, 'row')} needs "
                 f"{_size(need)} more on top of {_size(self._held)}, past budget={_size(self._budget)}. Narrow it (words=, "
                 "layers=, steps=), reduce_steps='uniform', keep='pooled', or raise budget="
             )
@@ -700,7 +701,7 @@ class Capture:
         if worst:
             _, site, allowed = max(worst, key=lambda item: item[0])
             raise CheckColumnError(
-                f"{site.name} ({site.kernel}): asked again, the kernel differs from the model's own output by "
+                f"{site.label} ({site.kernel}): asked again, the kernel differs from the model's own output by "
                 f"{site.check:.3g} of its largest value, where {allowed:.3g} is allowed"
                 f"{f' ({len(worst)} sites in all)' if len(worst) > 1 else ''}. Its adapter misreads the call (scale, mask, "
                 "key order or heads); the maps would be wrong"
@@ -728,9 +729,14 @@ class Capture:
             lines.append(f"The denoiser ({type(self._denoiser).__name__}) did not run inside the with block.")
         sites = self.sites
         if sites:
-            lines.append(f"Sites seen in {forwards} forwards:")
-            lines += [f"  {site}" for site in sites[:40]]
-            lines += [f"  ... and {len(sites) - 40} more"] if len(sites) > 40 else []
+            lines.append(f"Sites seen in {forwards} forwards, those that match layers={self._layers} first:")
+            by_reason: dict[str, list[Site]] = {}
+            for site in sorted(sites, key=lambda site: site.reason.startswith("name does not match")):
+                by_reason.setdefault(site.reason, []).append(site)
+            for reason, group in by_reason.items():
+                lines.append(f"  {reason}:")
+                lines += [f"    {site.describe()}" for site in group[:12]]
+                lines += [f"    ... and {len(group) - 12} more"] if len(group) > 12 else []
         elif forwards:
             lines.append(f"No intercepted kernel was called in {forwards} forwards.")
         if self.uncovered:
@@ -807,6 +813,10 @@ def _size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count} B"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _one_of(name: str, value: Any, options: Iterable[str]) -> None:

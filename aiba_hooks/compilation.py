@@ -54,10 +54,10 @@ def compiled_parts(target: Any, root: nn.Module) -> list[str]:
             or getattr(module, "_compiled_call_impl", None) is not None
             or hasattr(forward, "_torchdynamo_orig_callable")
         ):
-            found.append(name or type(module).__name__)
+            found.append(name.removeprefix("_orig_mod.").removeprefix("_orig_mod") or type(unwrap(module)).__name__)
     if not found and isinstance(target, nn.Module) and _is_optimized(target):
-        found.append(type(target).__name__)
-    return found
+        found.append(type(unwrap(target)).__name__)
+    return list(dict.fromkeys(found))
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -88,7 +88,7 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
         # written under another name first: what stands at `path` is whole
         partial = path.with_name(f".{path.name}.partial")
         _remove(partial)
-        self.tree.to_zarr(partial, consolidated=False)
+        self.tree.to_zarr(partial, consolidated=False, zarr_format=3)
         if path.suffix == ".zip":
             folder, partial = partial, path.with_name(f".{path.name}.zipping")
             _archive(folder, partial)
@@ -118,7 +118,7 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
 
             store = ZipStore(path, mode="r")
         try:
-            with xr.open_datatree(store, engine="zarr", consolidated=False) as tree:
+            with xr.open_datatree(store, engine="zarr", consolidated=False, zarr_format=3) as tree:
                 version = tree.attrs.get(FORMAT)
                 if version is None:
                     raise ValueError("it has no attribute aiba_maps")

@@ -64,13 +64,18 @@ class Site:
         """Query and key shape."""
         return self.query_shape, self.key_shape
 
-    def __str__(self) -> str:
-        state = "captured" if self.captured else f"not captured: {self.reason}"
+    @property
+    def label(self) -> str:
+        """The name, or words for the empty name of the root."""
+        return self.name or "(the module itself)"
+
+    def describe(self) -> str:
+        """Name, tag, sizes and kernel in one line."""
         stream = f" ({self.tag.stream})" if self.tag.stream else ""
-        queries, keys = self.query_shape[-2], self.key_shape[-2]
-        return (
-            f"{self.name or '(the module itself)'}: {self.tag.kind}{stream}, {queries}×{keys}, {self.kernel}; {state}"
-        )
+        return f"{self.label}: {self.tag.kind}{stream}, {self.query_shape[-2]}×{self.key_shape[-2]}, {self.kernel}"
+
+    def __str__(self) -> str:
+        return f"{self.describe()}; {'captured' if self.captured else f'not captured: {self.reason}'}"
 
 
 def site_names(root: nn.Module) -> dict[int, str]:

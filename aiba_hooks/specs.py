@@ -1,6 +1,6 @@
 """Every hook that AIBA calls. A plugin is a module (or object) with functions of these names marked ``@hookimpl``,
-published under the entry-point group ``aiba``. Each hook is called once, when a capture is entered: none is on the
-per-call path."""
+published under the entry-point group ``aiba``. Kernels and backbones are asked for when a capture is entered, models when one
+is looked up by name: no hook is on the per-call path."""
 
 from __future__ import annotations
 

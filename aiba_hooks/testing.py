@@ -21,6 +21,7 @@ from aiba_hooks.capturing import Capture, _Run, capture
 from aiba_hooks.interventions import intervene
 from aiba_hooks.kernel import Kernel
 from aiba_hooks.lattice import Lattice
+from aiba_hooks.maps import AttentionMaps
 from aiba_hooks.sites import Site
 
 
@@ -349,7 +350,7 @@ def _check_branches(
 ) -> None:
     """At the first step, from the same noise: the unconditional rows do not know the prompt, the conditional ones do."""
 
-    def first_step(text: str, branch: Any) -> Mapping[str, Any] | None:
+    def first_step(text: str, branch: Any) -> AttentionMaps:
         with capture(target, keep="full", steps=[0], branch=branch, backbone=backbone) as cap:
             generate(text)
         return cap.maps
@@ -359,7 +360,6 @@ def _check_branches(
     conditioning = cap._runs[-1].conditioning
     assert conditioning is not None
     a, b = cap.maps, first_step(other_prompt, "conditional")
-    assert b is not None
     aligned = [name for name in a if any(s.has_words and s.name == a[name].attrs["stream"] for s in conditioning.streams)]
     _require(bool(aligned), f"{backbone!r}: no site reads a stream of words")
     changed = [n for n in aligned if a[n].shape != b[n].shape or not np.allclose(a[n], b[n], atol=1e-6)]
@@ -367,9 +367,7 @@ def _check_branches(
     if not conditioning.guided:
         return
     a, b = first_step(prompt, "unconditional"), first_step(other_prompt, "unconditional")
-    assert a is not None
-    assert b is not None
-    for name in aligned[:1]:  # the first site: later ones may see the other branch through nothing, but why wait
+    for name in aligned[:1]:
         _require(
             a[name].shape == b[name].shape,
             f"{prompt!r} and {other_prompt!r} differ in tokens ({a[name].sizes['key']}, {b[name].sizes['key']}): choose "

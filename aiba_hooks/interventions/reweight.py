@@ -92,7 +92,8 @@ class Intervention(Capture):
         if not wanted:
             site.reason = f"branch={self._branches[0]!r} is not in this forward"
             return None
-        if call.restore is None:
+        restore = call.restore
+        if restore is None:
             raise TypeError(
                 f"{site.name}: the kernel {call.kernel!r} cannot be edited, because it does not return what its values "
                 "make. Use an implementation with a fused kernel (torch's SDPA), or leave the site out with layers="
@@ -108,7 +109,7 @@ class Intervention(Capture):
         factor = self._factor(store, call, rows, run, wanted)
         # linear in the values: the change is the kernel's answer to (factor − 1)·V
         change = call.again((call.value * (factor - 1)).to(call.value.dtype))
-        return Edited(change, call.restore, call.output)
+        return Edited(change, restore, call.output)
 
     def _factor(
         self, store: _Store, call: AttentionCall, rows: int, run: _Run, wanted: Mapping[str, Any]
