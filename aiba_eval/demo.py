@@ -27,6 +27,7 @@ from aiba_eval.loading import Loaded, models
 from aiba_eval.outputs import OutputFolder, write_csv
 from aiba_eval.probe import Encode, Predict, normalise, probe
 from aiba_eval.run import (
+    FLAT_IN_FREQUENCY,
     Generation,
     Progress,
     as_loaded,
@@ -159,7 +160,7 @@ def demo(
 
     Raises
     ------
-    CannotLoad, CannotProbe, FolderInUse, BadOutput, aiba_hooks.AibaError
+    CannotLoad, CannotProbe, FolderInUse, CannotGenerate, aiba_hooks.AibaError
     """
     tell = progress or _quiet
     chosen = list(pieces) if pieces is not None else shipped_pieces()
@@ -375,6 +376,8 @@ def _notes(loaded: Loaded, probed: Sequence[Probed], summary: Sequence[Row]) -> 
     without = sum(row["without_value"] for row in summary if row["metric"] == "average_precision")
     if without:
         notes.append(f"{without} average precisions are undefined; scores.csv says why")
+    if not all(maps.attrs["frequency_resolved"] for item in probed for maps in item.projected.values()):
+        notes.append(FLAT_IN_FREQUENCY)
     notes.append("bands are fixed in hertz and the same at all times; dominance masks come from the pieces' own stems")
     return notes
 

@@ -87,6 +87,8 @@ def profile_figure(
     panels = figure.subplots(len(maps), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     edges = np.arange(grid.mel + 1.0)
     low, high = 1 - LEAST_RANGE, 1 + LEAST_RANGE
+    bands = [label for label, per_word in targets.items() if all(map(_constant_in_time, per_word.values()))]
+    styles = {label: OUTLINES[bands.index(label) % len(OUTLINES)] if label in bands else AREA for label in targets}
     for axes, (word, heat) in zip(panels, maps.items()):
         profile = relative(heat).mean(axis=0)
         low, high = min(low, float(np.nanmin(profile))), max(high, float(np.nanmax(profile)))
@@ -101,16 +103,11 @@ def profile_figure(
         axes.set_zorder(share.get_zorder() + 1)
         axes.patch.set_visible(False)
         handles = list(axes.get_legend_handles_labels()[0])
-        outlines = 0
         for label, per_word in targets.items():
-            if word not in per_word:
-                continue
-            target = _on_grid(per_word[word], grid, f"{label!r} of {word!r}")
-            band = bool((target == target[0]).all())
-            style = OUTLINES[outlines % len(OUTLINES)] if band else AREA
-            outlines += band
-            text = f"{label}\n{_correlations(heat, target, energy)}"
-            handles.append(share.stairs(target.mean(axis=0), edges, label=text, **style))
+            if word in per_word:
+                target = _on_grid(per_word[word], grid, f"{label!r} of {word!r}")
+                text = f"{label}\n{_correlations(heat, target, energy)}"
+                handles.append(share.stairs(target.mean(axis=0), edges, label=text, **styles[label]))
         axes.set_title(word, loc="left", fontsize=TEXT["title"], fontweight="bold")
         axes.legend(
             handles=handles,
@@ -262,6 +259,11 @@ def _on_grid(values: ArrayLike, grid: MelGrid, what: str) -> Floats:
     if array.shape != grid.shape:
         raise ValueError(f"{what} has shape {array.shape}, the grid is {grid.shape} (time, mel)")
     return array
+
+
+def _constant_in_time(target: ArrayLike) -> bool:
+    values = np.asarray(target)
+    return bool((values == values[:1]).all())
 
 
 def _decibels(log_mel: Floats) -> Floats:

@@ -244,6 +244,8 @@ def _place(pipeline: Any, device: str, dtype: str) -> None:
     parts = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, torch.nn.Module)]
     weights = [weight for part in parts for weight in part.parameters() if weight.is_floating_point()]
     if weights and any(weight.dtype != target for weight in weights):
-        pipeline.to(target)
+        for part in parts:
+            # not part.to(): diffusers' own warns of parts to be kept in float32 even where there are none
+            torch.nn.Module.to(part, dtype=target)
     if weights and any(weight.device != torch.device(device) for weight in weights):
         pipeline.to(device)

@@ -28,7 +28,7 @@ from aiba_eval.loading import Loaded, few_threads, load, sampling_rate
 from aiba_eval.outputs import OutputFolder, write_csv
 from aiba_eval.probe import normalise
 from aiba_eval.scoring import Row, score
-from aiba_hooks.words import check_words
+from aiba_hooks.words import check_words, distinct_words
 
 if TYPE_CHECKING:
     from xarray import DataArray
@@ -42,8 +42,8 @@ Progress = Callable[[str, int, int | None], None]
 DURATION_ARGUMENTS = ("audio_length_in_s", "audio_end_in_s", "audio_duration_in_s", "audio_duration", "duration")
 
 
-class BadOutput(Exception):
-    """A pipeline returned audio that nothing can be made of. The message says what to do."""
+class CannotGenerate(Exception):
+    """A pipeline cannot do what is asked, or returned audio that nothing can be made of. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,15 @@ def run(
 
     Raises
     ------
-    CannotLoad, FolderInUse, BadOutput, aiba_hooks.AibaError
+    CannotLoad, FolderInUse, CannotGenerate, aiba_hooks.AibaError
         Each message says what to do.
     """
     tell = progress or _quiet
     folder = OutputFolder(out, "run", overwrite=overwrite)
-    check_words(list(words or ()), [prompt])  # before anything is loaded
+    # before anything is loaded
+    if not distinct_words([prompt]):
+        raise CannotGenerate(f"the prompt {prompt!r} has no words to map: describe the sound")
+    check_words(list(words or ()), [prompt])
     loaded = as_loaded(model, device=device, dtype=dtype, progress=tell)
     made = generate(
         loaded.pipeline,
@@ -238,7 +241,7 @@ def generate(
 
     Raises
     ------
-    BadOutput
+    CannotGenerate
         The pipeline has no argument for something asked for, or returned NaN.
     aiba_hooks.AibaError
         As :func:`aiba_hooks.capture`.
@@ -260,7 +263,7 @@ def generate(
             continue
         name = next((n for n in names if n in accepted), None)
         if name is None:
-            raise BadOutput(
+            raise CannotGenerate(
                 f"{type(pipeline).__name__} has no argument for {option} (none of {', '.join(names)}): leave {option} out"
             )
         arguments[name] = value
@@ -276,7 +279,7 @@ def generate(
         audios = pipeline(**call).audios
     audio = np.asarray(audios[0].float().cpu() if hasattr(audios[0], "cpu") else audios[0], dtype=np.float32)
     if not np.isfinite(audio).all():
-        raise BadOutput(
+        raise CannotGenerate(
             f"{type(pipeline).__name__} returned {int((~np.isfinite(audio)).sum())} NaN or infinite samples of "
             f"{audio.size}: its dtype may be too narrow for it; try --dtype float32"
         )
@@ -330,6 +333,12 @@ SCORE_COLUMNS = (
     "mix_energy",
     "oracle_projection",
     "reason",
+)
+
+
+#: what has to be said of a latent with time tokens only
+FLAT_IN_FREQUENCY = (
+    "the model's latent has no frequency axis: its maps are constant in frequency, so bands score at chance"
 )
 
 
@@ -404,9 +413,7 @@ def score_bands(
             "masks are fixed bands in hertz, the same at all times, not the instruments of this audio: they cannot test timing"
         )
     if not projected.attrs["frequency_resolved"]:
-        notes.append(
-            "the model's latent has no frequency axis: its maps are constant in frequency, so bands score at chance"
-        )
+        notes.append(FLAT_IN_FREQUENCY)
     return rows, notes
 
 

@@ -54,6 +54,9 @@ class Audit(Watcher):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if torch.compiler.is_compiling():
+            # a compiled function of the model's is traced through this mode, and what follows would break its graph
+            return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if self.open and not intercepting():
             self._note(getattr(func, "__name__", ""), args, result)

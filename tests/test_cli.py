@@ -250,7 +250,7 @@ def wrong(tmp_path, saved):
     ("model", "said"),
     [
         ("demo:nope", "no model is named 'demo:nope'. Registered: demo:"),
-        ("nonsense", "is no registered model (demo:random), no folder here, and no hub id"),
+        ("nonsense", "is no registered model (demo:"),
         ("{}/empty", "is a folder without a model_index.json"),
         ("{}/file.bin", "is a file, not a folder with a model_index.json"),
         ("{}/coded", "holds Python code (None.py), which AIBA does not run"),
@@ -278,6 +278,11 @@ def test_options_that_cannot_be_met(options, said, tmp_path):
     _, stderr = aiba("run", "demo:random", "--prompt", "a bass", *options, "--out", tmp_path / "out", code=2)
     assert said in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_without_words_is_refused(tmp_path):
+    _, stderr = aiba("run", "demo:random", "--prompt", " ...", "--out", tmp_path / "out", code=2)
+    assert "the prompt ' ...' has no words to map" in stderr
 
 
 def test_somebodys_folder_is_not_written_into(tmp_path):
@@ -358,10 +363,13 @@ def test_stems_errors_say_what_to_do(tmp_path):
 # ---- loading
 
 
-def test_devices_and_dtypes(saved):
+def test_devices_and_dtypes(saved, capfd):
     half = load(str(saved), dtype="bfloat16")
     assert (half.device, half.dtype, half.origin, half.trained) == ("cpu", "bfloat16", "folder", None)
-    assert half.pipeline.unet.dtype == torch.bfloat16
+    assert {part.dtype for part in (half.pipeline.unet, half.pipeline.vae, half.pipeline.vocoder)} == {torch.bfloat16}
+    narrow = load("demo:random", dtype="bfloat16")
+    assert narrow.pipeline.unet.dtype == torch.bfloat16
+    assert not capfd.readouterr().err
     assert load("demo:random").dtype == "float32"
     with pytest.raises(CannotLoad, match="unknown dtype 'float8'; choose auto, float32"):
         load(str(saved), dtype="float8")
@@ -434,14 +442,14 @@ def test_what_a_pipeline_cannot_be_asked_for(pipe):
         def __call__(self, prompt):
             return None
 
-    with pytest.raises(running.BadOutput, match=r"Plain has no argument for duration \(none of audio_length_in_s"):
+    with pytest.raises(running.CannotGenerate, match=r"Plain has no argument for duration \(none of audio_length_in_s"):
         running.generate(Plain(), "a bass", duration=3.0)
 
 
 def test_nan_audio_is_not_written(pipe, monkeypatch):
     real = pipe.mel_spectrogram_to_waveform
     monkeypatch.setattr(pipe, "mel_spectrogram_to_waveform", lambda mel: real(mel) * float("nan"))
-    with pytest.raises(running.BadOutput, match=r"NaN or infinite samples of 10240.*--dtype float32"):
+    with pytest.raises(running.CannotGenerate, match=r"NaN or infinite samples of 10240.*--dtype float32"):
         running.generate(pipe, "a bass", steps=1, duration=0.64)
     monkeypatch.undo()
 

@@ -171,6 +171,19 @@ def test_own_encode_and_predict_serve_another_backbone(pipe, noise):
     assert calls == [(RATE, RATE), 500]
 
 
+def test_a_backbone_may_bring_its_own_predict(pipe, noise, monkeypatch):
+    backbone = next(b for b in manager().collect("aiba_backbones") if b.matches(pipe))
+    asked = []
+
+    def predict(self, target, latents, timestep, conditioning):
+        asked.append(int(timestep))
+        return predict_audioldm2(target, latents, timestep, conditioning)
+
+    monkeypatch.setattr(type(backbone), "predict", predict, raising=False)
+    probe(pipe, noise, RATE, "a bass", timesteps=(500,))
+    assert asked == [500]
+
+
 def test_what_cannot_be_probed_says_what_it_lacks(pipe, noise):
     class Other:
         scheduler = None
@@ -185,6 +198,8 @@ def test_what_cannot_be_probed_says_what_it_lacks(pipe, noise):
         probe(torch.nn.Module(), noise, RATE, "a bass")
     with pytest.raises(CannotProbe, match="Other has no mel vocoder"):
         probe(Other(), noise, RATE, "a bass")
+    with pytest.raises(CannotProbe, match="Other has no unet: give its backbone a method predict"):
+        predict_audioldm2(Other(), None, None, None)
     with pytest.raises(ValueError, match="timestep 1000 is outside 0–999"):
         probe(pipe, noise, RATE, "a bass", timesteps=(1000,))
     with pytest.raises(ValueError, match="at least one timestep"):

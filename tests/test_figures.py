@@ -77,6 +77,13 @@ def test_bands_are_outlines_and_masks_that_change_over_time_are_areas(heats, ban
     assert twin.patches[0].get_data().values[:8] == pytest.approx(0.5)
 
 
+def test_a_template_looks_the_same_in_every_panel(heats, bands):
+    targets = {"paper band": bands["paper band"], "measured band": bands["measured band"]}  # drums have the second only
+    figure = figures.profile_figure(heats, targets, grid=GRID)
+    bass, drums = figure.axes[2:]
+    assert drums.patches[0].get_edgecolor() == bass.patches[1].get_edgecolor() != bass.patches[0].get_edgecolor()
+
+
 def test_a_flat_map_looks_flat(bands):
     flat = 0.3 * (1 + 0.001 * np.random.default_rng(0).random(GRID.shape))
     low, high = panels_of(figures.profile_figure({"bass": flat}, bands, grid=GRID), 1)[0].get_ylim()

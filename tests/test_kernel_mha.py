@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from aiba_hooks import CheckColumnError, NothingCaptured, capture
-from aiba_hooks.interception import ACTIVE, PATCHES
-from aiba_hooks.kernels import multihead_attention
-from aiba_hooks.kernels.multihead_attention import CHECKED_QUERIES, MultiHeadAttention, TransformerEncoderLayer
+from aiba_hooks.interception import ACTIVE, PATCHES, Edited, intercept
+from aiba_hooks.kernels import projections
+from aiba_hooks.kernels.multihead_attention import MultiHeadAttention, TransformerEncoderLayer
+from aiba_hooks.kernels.projections import CHECKED_QUERIES
 from aiba_hooks.plugins import manager
 from aiba_hooks.testing import check_kernel
 
@@ -524,7 +527,7 @@ def test_a_layers_own_forward_attribute_is_put_back():
 @pytest.mark.parametrize("fast", [True, False])
 def test_calls_that_are_not_chosen_cost_no_projection(monkeypatch, fast):
     for name in ("_project", "_project_native"):
-        monkeypatch.setattr(multihead_attention, name, lambda *_: pytest.fail("projected"))
+        monkeypatch.setattr(projections, name, lambda *_: pytest.fail("projected"))
     module = layer()
     with (
         torch.set_grad_enabled(not fast),
@@ -575,7 +578,7 @@ def test_functions_imported_by_value_are_captured_and_restored(paths):
 def test_the_check_catches_a_misread_call(monkeypatch, mistake, fast):
     """Both projections are seen only after the output projection, the encoder layer's after its norms and feed-forward."""
     name = "_project_native" if fast else "_project"
-    project = getattr(multihead_attention, name)
+    project = getattr(projections, name)
 
     def misread(*args):
         heads = project(*args)
@@ -585,14 +588,92 @@ def test_the_check_catches_a_misread_call(monkeypatch, mistake, fast):
             "swapped heads": {"query": heads.query.flip(1)},
             "lost mask": {"mask": None},
         }[mistake]
-        return multihead_attention.replace(heads, **change)
+        return dataclasses.replace(heads, **change)
 
-    monkeypatch.setattr(multihead_attention, name, misread)
+    monkeypatch.setattr(projections, name, misread)
     module = layer() if fast else attention(batch_first=True)
     x = torch.randn(B, T, E)
     options = {("src_key_padding_mask" if fast else "key_padding_mask"): PADDING[:, :T]}
     with torch.no_grad(), pytest.raises(CheckColumnError, match="asked again"), capture(module, **EVERYTHING):
         module(x, **options) if fast else module(x, x + 1, x + 2, **options)
+
+
+# ---- edits
+
+
+class Editor:
+    """Scales one key's values, as a reweighting of a word does."""
+
+    listening = True
+
+    def __init__(self, position, factor):
+        self.position, self.factor = position, factor
+        self.adapters = {}
+
+    def observe(self, function, args, kwargs, output):
+        kernel = self.adapters[function]
+        call = kernel.read(function, kernel.bind(function, args, kwargs), output).prepared()
+        change = torch.zeros_like(call.value)
+        change[:, :, self.position] = call.value[:, :, self.position] * (self.factor - 1)
+        return Edited(call.again(change), call.restore, call.output)
+
+    def run(self, module, *args, **kwargs):
+        with ExitStack() as stack:
+            for key in intercept(manager().collect("aiba_kernels"), module.modules(), self.adapters):
+                stack.callback(PATCHES.release, key)
+            token = ACTIVE.set((self,))
+            stack.callback(ACTIVE.reset, token)
+            return module(*args, **kwargs)
+
+
+def attended(module, probabilities, values, factor):
+    """The module's output [batch, Tq, channels] from [batch, heads, Tq, Tk], with key 2 scaled."""
+    weight, bias = module.in_proj_weight[2 * E :], module.in_proj_bias[2 * E :]
+    v = F.linear(values, weight, bias).unflatten(-1, (H, -1)).transpose(1, 2).clone()
+    v[:, :, 2] *= factor
+    return module.out_proj((probabilities @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("weights", [True, False])
+def test_an_edit_of_attention(fast, weights):
+    module = attention(batch_first=True)
+    x = torch.randn(B, T, E)
+    with torch.set_grad_enabled(not fast):
+        plain, probabilities = module(x, x, x, average_attn_weights=False)
+        same, _ = Editor(2, 1.0).run(module, x, x, x, need_weights=weights)
+        edited, shown = Editor(2, -1.5).run(module, x, x, x, need_weights=weights, average_attn_weights=False)
+    assert torch.equal(same, module(x, x, x, need_weights=weights)[0] if not fast else plain)
+    torch.testing.assert_close(edited, attended(module, probabilities, x, -1.5), atol=1e-5, rtol=0)
+    assert (shown is not None) is weights
+    if not fast:
+        assert edited.requires_grad
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_edit_of_an_encoder_layer(paths, norm_first, nested):
+    module = layer(norm_first=norm_first)
+    x = torch.randn(B, T, E)
+    lengths = [T, 4, 5] if nested else [T] * B
+    given = torch.nested.as_nested_tensor([row[:n] for row, n in zip(x, lengths, strict=True)]) if nested else x
+    with torch.no_grad():
+        plain = module(given)
+        same = Editor(2, 1.0).run(module, given)
+        edited = Editor(2, -1.5).run(module, given)
+        assert paths.count("_transformer_encoder_layer_fwd") == 3
+        for row, n in enumerate(lengths):
+            alone = x[row : row + 1, :n]
+            assert torch.equal(same[row], plain[row])
+            entering = module.norm1(alone) if norm_first else alone
+            probabilities = module.self_attn(entering, entering, entering, average_attn_weights=False)[1]
+            state = alone + attended(module.self_attn, probabilities, entering, -1.5)
+            if norm_first:
+                expected = state + module._ff_block(module.norm2(state))
+            else:
+                state = module.norm1(state)
+                expected = module.norm2(state + module._ff_block(state))
+            torch.testing.assert_close(edited[row], expected[0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

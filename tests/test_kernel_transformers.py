@@ -33,6 +33,7 @@ from transformers.models.llama import modeling_llama
 
 from aiba_hooks import CheckColumnError, capture
 from aiba_hooks.interception import ACTIVE, PATCHES
+from aiba_hooks.testing import check_kernel
 from aiba_plugins.kernels.transformers_interface import InterfaceAttention
 
 REGISTERED = dict(AttentionInterface._global_mapping)
@@ -56,7 +57,9 @@ def _nothing_left():
 def sharpened(model, factor=1.5):
     """Random weights give flat attention, which hides mistakes. Only what makes logits is scaled."""
     for name, parameter in model.named_parameters():
-        if any(part in name for part in ("q_proj", "k_proj", ".q.", ".k.", "c_attn", "q_attn", "relative_attention_bias")):
+        if any(
+            part in name for part in ("q_proj", "k_proj", ".q.", ".k.", "c_attn", "q_attn", "relative_attention_bias")
+        ):
             parameter.data = parameter.data * factor
         if "relative_attention_bias" in name:
             parameter.data = torch.randn_like(parameter)
@@ -160,7 +163,9 @@ FAMILIES = {
 #: what torch's SDPA cannot do
 EAGER_ONLY = {
     "gemma2, softcap": lambda: decoder(Gemma2Model, Gemma2Config, attn_logit_softcapping=2.0, sliding_window=4),
-    "gpt_oss, sinks": lambda: decoder(GptOssModel, GptOssConfig, num_local_experts=2, num_experts_per_tok=2, sliding_window=4),
+    "gpt_oss, sinks": lambda: decoder(
+        GptOssModel, GptOssConfig, num_local_experts=2, num_experts_per_tok=2, sliding_window=4
+    ),
 }
 CASES = [(name, implementation) for name in FAMILIES for implementation in ("sdpa", "eager")]
 CASES += [(name, "eager") for name in EAGER_ONLY]
@@ -205,7 +210,9 @@ def test_full_maps_equal_the_models_own_eager_attentions(family, implementation)
     expected = reference(family, layout)
     assert {site.name for site in cap.sites} == set(expected)
     assert cap.uncovered == []
-    function = "eager_attention_forward" if implementation == "eager" else f"{implementation.split('_')[0]}_attention_forward"
+    function = (
+        "eager_attention_forward" if implementation == "eager" else f"{implementation.split('_')[0]}_attention_forward"
+    )
     valid = inputs["attention_mask"].bool()
     for site in cap.sites:
         assert (site.kernel, site.calls) == (f"transformers:{function}", 1)
@@ -490,7 +497,7 @@ def test_a_cache_is_never_passed_on(file, monkeypatch):
     given = []
 
     def spy(*args, **kwargs):
-        given.append(kwargs["past_key_values"])
+        given.append(kwargs.get("past_key_values"))
         return REGISTERED["sdpa"](*args, **kwargs)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", spy)
@@ -501,7 +508,9 @@ def test_a_cache_is_never_passed_on(file, monkeypatch):
     assert set(given[1:]) == {None}
     module = file.Calling(file, "sdpa", cache=types.SimpleNamespace(update=None))
     with (
-        pytest.raises(NotImplementedError, match="attention with a paged cache .continuous batching. cannot be captured"),
+        pytest.raises(
+            NotImplementedError, match="attention with a paged cache .continuous batching. cannot be captured"
+        ),
         capture(module, keep="full"),
     ):
         module(*qkv())
@@ -528,3 +537,17 @@ def test_an_edited_output_goes_back_in_the_functions_format(file):
         assert isinstance(edited, tuple)
         assert edited[1] is None
         torch.testing.assert_close(edited[0], 2 * output[0])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_adapter_conforms(file, implementation):
+    module = file.Calling(file, implementation)
+    module.num_key_value_groups = 2
+    q, k, v = qkv(kv_heads=2)
+
+    def run():
+        function = file.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, file.eager_attention_forward)
+        return function(module, q, k, v, None, scaling=0.3, dropout=0.0)
+
+    expected = by_hand(q, k.repeat_interleave(2, 1), 0.3)
+    check_kernel(InterfaceAttention(), run, probabilities=expected, modules=[module])

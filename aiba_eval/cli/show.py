@@ -215,7 +215,7 @@ def _remedy(error: Exception) -> str | None:
 
 
 # by name: comparing classes would import what raises them
-_EXPECTED = {"AibaError", "BadOutput", "CannotLoad", "CannotProbe", "DamagedAudio", "FolderInUse", "StemsError"}
+_EXPECTED = {"AibaError", "CannotGenerate", "CannotLoad", "CannotProbe", "DamagedAudio", "FolderInUse", "StemsError"}
 _EXTRAS = {
     "diffusers": "diffusers",
     "transformers": "diffusers",
@@ -245,7 +245,7 @@ def _run_table(rows: Sequence[Row]) -> Table:
     for heading in ("word", "band"):
         table.add_column(heading, no_wrap=True)
     for heading in ("area", "AP", *(BESIDE[name] for name in beside), "profile r"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     for row in shown:
         profile = correlation[row["word"], row["mask"]]["value"]
         mask = f"{row['mask'].removeprefix('band:')} {row['low_hz']:g}–{row['high_hz']:g} Hz"
@@ -257,11 +257,11 @@ def _run_table(rows: Sequence[Row]) -> Table:
 def _demo_table(summary: Sequence[Row]) -> Table:
     shown = [row for row in summary if row["metric"] == "average_precision"]
     levels = sorted({row["timestep"] for row in shown})
-    table = _table("Average precision of word maps on real mixes at noise levels t, mean over n pieces")
+    table = _table("Average precision on real mixes at noise levels t, mean over n pieces")
     for heading in ("mask", "word"):
         table.add_column(heading, no_wrap=True)
     for heading in ("n", *(f"t={level}" for level in levels), *BESIDE.values()):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     groups: dict[tuple[str, str], dict[int, Row]] = {}
     for row in shown:
         groups.setdefault((row["mask"], row["word"]), {})[row["timestep"]] = row

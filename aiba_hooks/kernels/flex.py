@@ -12,15 +12,15 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from aiba_hooks.calls import AttentionCall
-from aiba_hooks.interception import original_of
 from aiba_hooks.kernel import Kernel
 from aiba_hooks.specs import hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aiba_hooks.calls import AttentionCall
 
 _HOME = "torch.nn.attention.flex_attention"
 
@@ -35,6 +35,8 @@ class FlexAttention(Kernel):
     bindings = (f"{_HOME}:flex_attention",)
 
     def places(self, modules: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
+        from aiba_hooks.interception import original_of
+
         yield from super().places(modules)
         if _HOME not in sys.modules:
             return
@@ -46,6 +48,10 @@ class FlexAttention(Kernel):
             yield registry, key, function
 
     def read(self, function: Callable[..., Any], arguments: Mapping[str, Any], output: Any) -> AttentionCall | None:
+        import torch
+
+        from aiba_hooks.calls import AttentionCall
+
         query, key, value = arguments["query"], arguments["key"], arguments["value"]
         final = output[0] if isinstance(output, tuple) else output
         if final.is_cuda and replays_graphs(function):
@@ -58,15 +64,18 @@ class FlexAttention(Kernel):
         if value.dtype.itemsize == 1:  # 8-bit floats cannot be indexed, nor hold weights such as 1/n
             value = value.to(query.dtype)
         inference = torch.is_inference_mode_enabled()
-        # a graph would be recorded through tensors that need one: those asks are compiled once more, without
-        gradients = torch.is_grad_enabled() and not any(t.requires_grad for t in (query, key, value))
+        # where no tensor needs a gradient none is recorded; elsewhere an ask is compiled once more, without
+        harmless = torch.is_grad_enabled() and not any(t.requires_grad for t in (query, key, value))
 
         def again(values: Tensor) -> Tensor:
+            watching, outside = not torch.is_grad_enabled(), not torch.is_inference_mode_enabled()
             values = _like(values, value)
-            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            with torch.inference_mode(inference), torch.set_grad_enabled(harmless or not watching):
                 answer = function(**{**arguments, "key": key, "value": values})
             answer = answer[0] if isinstance(answer, tuple) else answer
-            return answer.clone() if inference else answer.detach()
+            if inference and outside:
+                return answer.clone()  # an inference tensor cannot be added to
+            return answer.detach() if watching else answer
 
         return AttentionCall(
             kernel=self.name,
@@ -98,12 +107,16 @@ def _wrapping(modules: Sequence[Any]) -> list[Any]:
 
 def _derives(function: Any, flex: Any) -> bool:
     """Whether ``function`` is ``flex`` under ``torch.compile`` or ``functools.partial`` with keywords."""
+    from aiba_hooks.interception import original_of
+
     found = function
     while True:
         if type(found) is functools.partial and not found.args:
             found = original_of(found.func)
         elif type(found) is FunctionType and "_torchdynamo_orig_callable" in vars(found):
-            found = original_of(vars(found)["_torchdynamo_orig_callable"])
+            found = vars(found)["_torchdynamo_orig_callable"]
+            # torch.compile gives what is no function one of its own
+            found = original_of(found if type(found) is not FunctionType else getattr(found, "__wrapped__", found))
         else:
             return found is flex and function is not flex
 
@@ -116,6 +129,8 @@ def replays_graphs(function: Any) -> bool:
 
 def _like(values: Tensor, model: Tensor) -> Tensor:
     """``values`` laid out as the model's own, and an inference tensor if those are."""
+    import torch
+
     strides = model.stride() if _distinct(model) else values.stride()
     if values.stride() == strides and values.is_inference() == model.is_inference():
         return values

@@ -49,7 +49,7 @@ def tokenizer(max_length: int = 64) -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
-def byte_tokenizer(max_length: int = 24) -> Any:
+def byte_tokenizer(max_length: int = 160) -> Any:
     """A ``RobertaTokenizer`` over bytes, for the CLAP text tower."""
     from tokenizers import pre_tokenizers
     from transformers import RobertaTokenizer

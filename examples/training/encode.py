@@ -2,8 +2,8 @@
 
     python examples/training/encode.py --work WORK --count 20000
 
-Writes the latents (posterior means, divided by their standard deviation, which becomes the VAE's scaling factor) and the
-instruments of every clip. Prompts are drawn anew in every training step.
+Writes the latents (posterior means, each channel brought to mean 0 and deviation 1, which export.py folds into the VAE) and
+the instruments of every clip. Prompts are drawn anew in every training step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,18 +46,35 @@ def main() -> None:
             instruments += named
             if first % (100 * size) == 0:
                 print(first, flush=True)
-    stacked = torch.cat(latents)
+    stacked = torch.cat(latents).float()
+    known = options.work / "data" / "channels.json"
+    if not known.exists():  # the first run decides for all lengths
+        sample = stacked[:2000]
+        moments = {"mean": sample.mean((0, 2, 3)).tolist(), "std": sample.std((0, 2, 3)).tolist()}
+        known.write_text(json.dumps({**moments, "vae_step": state["step"]}))
+    mean, std = channels(options.work)
+    stacked = (stacked - mean[:, None, None]) / std[:, None, None]
     path = options.work / "data" / f"latents-{options.seconds:g}.safetensors"
-    deviation = float(stacked[:2000].float().std())
-    scale = 1 / deviation
-    known = options.work / "data" / "scale.json"
-    if known.exists():  # one factor for all lengths
-        scale = float(json.loads(known.read_text())["scaling_factor"])
-    else:
-        known.write_text(json.dumps({"scaling_factor": scale, "vae_step": state["step"]}))
-    about = {"instruments": instruments, "scaling_factor": scale}
-    save_file({"latents": (stacked.float() * scale).half()}, str(path), {"about": json.dumps(about)})
-    print(path.name, tuple(stacked.shape), "scaling factor", round(scale, 4), flush=True)
+    save_file({"latents": stacked.half()}, str(path), {"about": json.dumps({"instruments": instruments})})
+    print(path.name, tuple(stacked.shape), flush=True)
+
+
+def channels(work: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of every latent channel."""
+    moments = json.loads((work / "data" / "channels.json").read_text())
+    return torch.tensor(moments["mean"]), torch.tensor(moments["std"])
+
+
+def standardise(vae: Any, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Fold the standardisation into the VAE's two 1 × 1 convolutions, so that its latents have it by themselves."""
+    count = len(mean)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    with torch.no_grad():
+        before.weight[:count] /= std[:, None, None, None]
+        before.bias[:count] = (before.bias[:count] - mean) / std
+        before.bias[count:] -= 2 * std.log()  # log variances
+        after.bias += after.weight[:, :, 0, 0] @ mean
+        after.weight *= std[None, :, None, None]
 
 
 if __name__ == "__main__":

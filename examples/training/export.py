@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from encode import channels, standardise
 from loop import load_average
 from safetensors import safe_open
 from train_denoiser import trained_modules
@@ -31,8 +32,8 @@ def build(work: Path, kind: str) -> tuple[Any, dict[str, dict[str, Any]]]:
     states = {"vae": load_average(work / "vae.safetensors", {"vae": vae})}
     if (work / "vocoder.safetensors").exists():
         states["vocoder"] = load_average(work / "vocoder.safetensors", {"vocoder": vocoder})
-    scale = json.loads((work / "data" / "scale.json").read_text())["scaling_factor"]
-    vae.register_to_config(scaling_factor=scale)
+    standardise(vae, *channels(work))
+    vae.register_to_config(scaling_factor=1.0)
     pipe = (parts.audioldm2 if kind == "unet" else parts.mel_dit)(vae, vocoder)
     states[kind] = load_average(work / f"{kind}.safetensors", trained_modules(pipe, kind))
     for part in pipe.components.values():

@@ -1,0 +1,63 @@
+"""An AIBA backbone for Tango (declare-lab/tango): text to audio by a plain diffusers U-Net over AudioLDM's mel latent."""
+
+import numpy as np
+
+from aiba_hooks import Backbone, Conditioning, Lattice, Step, TokenStream, hookimpl
+
+SECONDS_PER_COLUMN = 4 * 0.01  # the VAE shrinks both axes of the mel by 4, and the mel's hop is 10 ms
+
+
+def mel_edges(bands, highest=8000.0):
+    """Edges in hertz of ``bands`` equal bands on Slaney's mel scale: linear up to 1 kHz (mel 15), logarithmic above."""
+    mel = np.linspace(0, 15 + 27 * np.log(highest / 1000) / np.log(6.4), bands + 1)
+    return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
+
+
+class TangoBackbone(Backbone):
+    """``AudioDiffusion`` of Tango: one Flan-T5 stream, guidance as one batch, a latent of 256 columns × 16 bands."""
+
+    name = "tango"
+    denoiser_names = ("unet",)
+    prompt_method = ("encode_text_classifier_free", "encode_text")  # inference calls the one or the other
+    branches = ("unconditional", "conditional")
+
+    def matches(self, target):
+        ours = any(cls.__name__ == "AudioDiffusion" for cls in type(target).__mro__)
+        return ours and hasattr(target, "encode_text_classifier_free")
+
+    def conditioning(self, target, arguments, result):
+        prompts = tuple(arguments["prompt"])
+        length = target.tokenizer.model_max_length
+        stream = TokenStream.from_tokenizer(
+            "t5",
+            target.tokenizer,
+            prompts,
+            argument="encoder_hidden_states",
+            padding=True,
+            truncation=True,
+            max_length=length,
+        )
+        guided = "num_samples_per_prompt" in arguments  # only encode_text_classifier_free has it
+        waveforms = arguments["num_samples_per_prompt"] if guided else 1
+        return Conditioning(prompts=prompts, waveforms=waveforms, guided=guided, streams=(stream,))
+
+    def step(self, target, arguments):
+        return Step(timestep=arguments["timestep"])
+
+    def sigma(self, target, timestep):
+        kept = float(target.noise_scheduler.alphas_cumprod[int(timestep)])
+        return ((1 - kept) / kept) ** 0.5
+
+    def lattice(self, site):
+        columns, bands = site.arguments["sample"].shape[-2:]
+        return Lattice.of_level(
+            site.queries,
+            (columns, bands),
+            seconds_per_column=SECONDS_PER_COLUMN,
+            frequency_edges=mel_edges(bands),
+        )
+
+
+@hookimpl
+def aiba_backbones():
+    return [TangoBackbone()]
