@@ -40,6 +40,20 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A run of tokens in a sequence that text and audio share (joint attention).
+
+    Attributes
+    ----------
+    length : tokens
+    stream : name of the token stream that they are, or None for the latent's own tokens
+    """
+
+    length: int
+    stream: str | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """Where the denoiser is in the schedule. Values may be tensors: they are read after the run, never during it."""
 
@@ -163,6 +177,22 @@ class Backbone:
                 return stream.name
         fitting = [stream.name for stream in streams if stream.length == site.keys]
         return fitting[0] if len(fitting) == 1 else None
+
+    def segments(self, site: SiteCall) -> Sequence[Segment] | None:
+        """How a site's keys are made up where text and audio share one sequence, in order; None where they do not.
+
+        A site with segments is tagged joint. Its word maps are the latent's queries on the text's keys; ``lattice`` is then
+        asked with ``site.queries`` the number of latent tokens.
+        """
+        return None
+
+    def signs(self, site: SiteCall) -> Sequence[float] | None:
+        """Differential attention: the sign with which each of a site's calls enters the output, in order of the calls.
+
+        A kernel cannot see it. The map of the site is then Σ sign·A, beside those of the single calls, and the input of the
+        site's output projection is checked to be Σ sign·output. None where one call is one attention.
+        """
+        return None
 
     def lattice(self, site: SiteCall) -> Lattice:
         """Where the site's queries lie in time and frequency, read off the running call, never from a table."""

@@ -11,21 +11,24 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from aiba_hooks import compilation, fastpaths, interception, selectors
-from aiba_hooks.backbone import Backbone, Conditioning, SiteCall, Step
+from aiba_hooks.backbone import Backbone, Conditioning, Segment, SiteCall, Step
 from aiba_hooks.calls import AttentionCall
 from aiba_hooks.coverage import Audit, CoverageWarning, Uncovered, uncovered
+from aiba_hooks.differential import DifferentialCheck
 from aiba_hooks.errors import (
     CaptureBudgetExceeded,
     CheckColumnError,
     DegeneratePooling,
+    LatticeMismatch,
     NothingCaptured,
     UnknownBackbone,
 )
@@ -128,9 +131,11 @@ class _Store:
 
     site: Site
     lattice: Any = None
+    queries: slice = field(default_factory=lambda: slice(None))  # the latent's own tokens
+    segments: Sequence[Segment] | None = None
     names: list[str] = field(default_factory=list)
     groups: list[dict[str, list[int]]] = field(default_factory=list)
-    mode: str = "pooled"  # "pooled", "received", "max" (Eq. 5 of a self site) or "full"
+    mode: str = "pooled"  # "pooled", "received", "max" (Eq. 5 of a self site), "full", or "from_text" (joint)
     selector: Tensor | None = None
     branches: list[str] = field(default_factory=list)
     values: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # (step, branch) -> [rows, (heads), ...]
@@ -176,6 +181,9 @@ class Capture:
         self._runs: list[_Run] = []
         self._sites: dict[tuple[str, int], Site] = {}
         self._stores: dict[tuple[int, str, int], _Store] = {}
+        self._from_text: dict[tuple[int, str, int], _Store] = {}
+        self._segments: dict[tuple[str, int], Sequence[Segment]] = {}
+        self._differential = DifferentialCheck()
         self._checks: dict[tuple[str, int], tuple[Tensor, float]] = {}
         self._row_sums: dict[tuple[str, int], Tensor] = {}
         self._held = 0
@@ -247,6 +255,7 @@ class Capture:
             for key in interception.intercept(kernels, list(denoiser.modules()), self._adapters):
                 stack.callback(interception.PATCHES.release, key)
             self._watch = SourceWatch(denoiser)
+            self._watch.on_read = self._differential.projection_read
             stack.callback(self._watch.close)
             self._audit = Audit(self._names)
             stack.callback(self._audit.stop)
@@ -438,6 +447,8 @@ class Capture:
         run = self._runs[-1]
         site = self._site(name, index, module, call, run)
         site.calls += 1
+        if self._watch.enabled:
+            self._differential.note(name, call)
         if not self._wants(site) or not self._wants_step(run):
             return None
         return self._act(site, (name, index), call, run)
@@ -454,7 +465,8 @@ class Capture:
         site = self._sites.get((name, index))
         shapes = tuple(call.query.shape), tuple(call.key.shape)
         if site is None:
-            site = Site(name, call.kernel, self._tag(name, module, call, run), *shapes, module=module)
+            tag = self._tag(name, module, call, run)
+            site = Site(name, call.kernel, self._lay_out(name, index, module, call, tag, run), *shapes, module=module)
             self._sites[name, index] = site
         else:
             site.query_shape, site.key_shape = shapes
@@ -474,6 +486,28 @@ class Capture:
         if backbone is not None and tag.kind in ("cross", "joint"):
             stream = backbone.stream(self._site_call(name, module, queries, keys, tag, run))
             return Tag(tag.kind, stream, tag.evidence)
+        return tag
+
+    def _lay_out(self, name: str, index: int, module: Any, call: AttentionCall, tag: Tag, run: _Run) -> Tag:
+        """Ask the backbone for segments and signs; a site with segments is joint, whatever its projections read."""
+        if self.backbone is None:
+            return tag
+        info = self._site_call(name, module, call.queries, call.keys, tag, run)
+        segments = self.backbone.segments(info)
+        if segments:
+            total = sum(segment.length for segment in segments)
+            shown = " + ".join(f"{segment.stream or 'audio'} {segment.length}" for segment in segments)
+            if total != call.keys or sum(segment.stream is None for segment in segments) != 1:
+                raise LatticeMismatch(
+                    f"{name}: the backbone {self.backbone.name!r} lays its keys out as {shown} = {total}, but there are "
+                    f"{call.keys}; exactly one segment has to be the latent's"
+                )
+            self._segments[name, index] = segments
+            streams = {s.name: s for s in (run.conditioning.streams if run.conditioning is not None else ())}
+            named = [segment.stream for segment in segments if segment.stream is not None]
+            text = next((n for n in named if n in streams and streams[n].has_words), named[0] if named else None)
+            tag = Tag("joint", text, f"the backbone lays out {call.keys} keys as {shown}; {tag.evidence}")
+        self._differential.declare(name, module, self.backbone.signs(info))
         return tag
 
     def _site_call(self, name: str, module: Any, queries: int, keys: int, tag: Tag, run: _Run) -> SiteCall:
@@ -513,20 +547,32 @@ class Capture:
         store_key = (len(self._runs) - 1, *key)
         store = self._stores.get(store_key)
         if store is None:
-            store = self._stores[store_key] = self._open_store(site, call, run)
+            store = self._stores[store_key] = self._open_store(site, key, call, run)
         site.captured, site.reason = True, self._keep
         self._reserve(site, store, call, wanted, rows)
         values, error, sums = self._ask(store, call, rows, run)
         self._note_check(key, call, error)
         if sums is not None:
             self._note_sums(key, sums)
+        if store.mode != "received":
+            values = values[..., store.queries, :]
+        self._put(store, values, wanted, run)
+        if store.segments is not None and store.mode == "pooled":
+            beside = self._from_text.setdefault(store_key, self._open_from_text(store))
+            self._reserve(site, beside, call, wanted, rows)
+            self._put(beside, self._ask_from_text(beside, call, rows, run), wanted, run)
+
+    def _put(self, store: _Store, values: Tensor, wanted: Mapping[str, tuple[int, int] | None], run: _Run) -> None:
+        """Add one call's values [rows, ...] to what is kept."""
         for branch, span in wanted.items():
             part = values if span is None else values[span[0] : span[1]]
             if branch not in store.branches:
                 store.branches.append(branch)
             if self._reduce is False:
                 # a slice would keep the whole batch alive
-                store.values[self._step, branch] = part.clone() if part.shape != values.shape else part
+                store.values[self._step, branch] = (
+                    part.clone() if part.shape != values.shape or part._is_view() else part
+                )
             else:
                 weight = self._step_weight(run)
                 held = store.sums.get(branch)
@@ -534,6 +580,34 @@ class Capture:
                 store.weight[branch] = store.weight.get(branch, 0.0) + weight
         if self._step not in store.seen:
             store.seen.append(self._step)
+
+    def _open_from_text(self, store: _Store) -> _Store:
+        """Beside a joint site's word maps: what the words' own queries attend to in the audio."""
+        names = [name for name in store.names if name != "(audio)"]
+        return replace(
+            store, mode="from_text", names=names, selector=None, branches=[], values={}, sums={}, weight={}, seen=[]
+        )
+
+    def _ask_from_text(self, store: _Store, call: AttentionCall, rows: int, run: _Run) -> Tensor:
+        """[rows, (heads), audio keys, groups]: the mean over a word's queries of their probabilities of each audio key."""
+        audio = torch.arange(call.keys, device=call.value.device)[store.queries]
+        per_row = self._row_groups(store, run, rows, 1)
+        weights = selectors.columns(per_row, store.names, call.keys, "mean").to(call.value.device)
+        counts = torch.tensor([[max(len(groups.get(name, ())), 1) for name in store.names] for groups in per_row])
+        share = [[1.0 if not name.startswith("(") else 1.0 / int(n) for name, n in zip(store.names, row, strict=True)]
+                 for row in counts]  # fmt: skip
+        weights = weights * torch.tensor(share, device=weights.device)[:, None, :]
+        parts = [
+            torch.einsum("r...qk,rqg->r...kg", self._heads_of(answer, rows), weights)
+            for _, answer, _ in call.ask_keys(audio)
+        ]
+        return torch.cat(parts, -2)
+
+    def _heads_of(self, answer: Tensor, rows: int) -> Tensor:
+        """An answer as [rows, (heads), Tq, columns] float32."""
+        if answer.shape[0] != rows:  # heads folded into the batch
+            answer = answer.reshape(rows, -1, *answer.shape[-2:])
+        return answer.float().mean(1) if self._heads == "mean" else answer.float()
 
     def _step_weight(self, run: _Run) -> float:
         if not isinstance(self._reduce, list):
@@ -557,11 +631,21 @@ class Capture:
             f"{self.backbone.name!r})"
         )
 
-    def _open_store(self, site: Site, call: AttentionCall, run: _Run) -> _Store:
-        store = _Store(site, mode=self._keep)
+    def _open_store(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> _Store:
+        store = _Store(site, mode=self._keep, segments=self._segments.get(key))
+        queries = call.queries
+        if store.segments is not None:
+            start = 0
+            for segment in store.segments:
+                if segment.stream is None:
+                    if call.queries == call.keys:
+                        store.queries, queries = slice(start, start + segment.length), segment.length
+                    break
+                start += segment.length
         if self.backbone is not None:
-            info = self._site_call(site.name, site.module, call.queries, call.keys, site.tag, run)
-            store.lattice = self.backbone.lattice(info)
+            store.lattice = self.backbone.lattice(
+                self._site_call(site.name, site.module, queries, call.keys, site.tag, run)
+            )
         conditioning = run.conditioning
         if self._keep == "full" or conditioning is None:
             return store
@@ -569,19 +653,37 @@ class Capture:
             store.mode = "max" if self._pooling == "max" else "received"
             store.names = ["(max)" if store.mode == "max" else "(received)"]
             return store
-        stream = next(s for s in conditioning.streams if s.name == site.stream)
-        if stream.length != call.keys:
-            raise RuntimeError(
-                f"{site.name}: stream {stream.name!r} has {stream.length} tokens, but the kernel saw {call.keys} keys; the "
-                f"backbone {self.backbone and self.backbone.name!r} tokenises differently from the pipeline"
-            )
         prompts = conditioning.prompts
         requests = self._words if self._words is not None else distinct_words(prompts)
-        store.groups = [stream.groups(row, requests) for row in range(len(prompts))]
+        layout = store.segments or [Segment(call.keys, site.stream)]
+        store.groups = [self._groups(site, layout, row, requests, conditioning) for row in range(len(prompts))]
         store.names = merge_groups(store.groups, requests)
         for groups in store.groups:
-            selectors.refuse_degenerate(groups, call.keys, self._pooling, site.name)
+            selectors.refuse_degenerate(groups, call.keys, self._pooling, site.label)
         return store
+
+    def _groups(
+        self, site: Site, layout: Sequence[Segment], row: int, requests: Sequence[str], conditioning: Conditioning
+    ) -> dict[str, list[int]]:
+        """Key positions by group for one prompt, over every segment of the keys."""
+        streams = {stream.name: stream for stream in conditioning.streams}
+        merged: dict[str, list[int]] = {}
+        start = 0
+        for segment in layout:
+            if segment.stream is None:
+                found: Mapping[str, Sequence[int]] = {"(audio)": range(segment.length)}
+            elif segment.stream not in streams or streams[segment.stream].length != segment.length:
+                length = streams[segment.stream].length if segment.stream in streams else 0
+                raise RuntimeError(
+                    f"{site.label}: stream {segment.stream!r} has {length} tokens, but the kernel saw {segment.length} keys; "
+                    f"the backbone {self.backbone and self.backbone.name!r} tokenises differently from the pipeline"
+                )
+            else:
+                found = streams[segment.stream].groups(row, requests)
+            for name, positions in found.items():
+                merged.setdefault(name, []).extend(start + position for position in positions)
+            start += segment.length
+        return merged
 
     def _reserve(self, site: Site, store: _Store, call: AttentionCall, wanted: Mapping[str, Any], rows: int) -> None:
         """Account for what this call will add, and refuse before it is allocated."""
@@ -589,12 +691,13 @@ class Capture:
             return  # added in place
         heads = call.query.shape[1] * call.query.shape[0] // rows if self._heads == "all" else 1
         columns = {"full": call.keys, "max": 1}.get(store.mode, len(store.names))
-        per_row = call.keys if store.mode == "received" else call.queries * columns
+        queries = len(range(*store.queries.indices(call.queries)))
+        per_row = call.keys if store.mode == "received" else queries * columns
         kept_rows = sum(rows if span is None else span[1] - span[0] for span in wanted.values())
         need = 4 * kept_rows * heads * per_row
         if self._held + need > self._budget:
             raise CaptureBudgetExceeded(
-                f"{site.label}: keeping {_count(call.queries, 'query', 'queries')} × {_count(columns, 'column')} × "
+                f"{site.label}: keeping {_count(queries, 'query', 'queries')} × {_count(columns, 'column')} × "
                 f"{_count(heads, 'head')} × {_count(kept_rows, 'row')} needs "
                 f"{_size(need)} more on top of {_size(self._held)}, past budget={_size(self._budget)}. Narrow it (words=, "
                 "layers=, steps=), reduce_steps='uniform', keep='pooled', or raise budget="
@@ -605,9 +708,7 @@ class Capture:
         """``(values, check error, row sums)``; values [rows, (heads), Tq, columns], or [rows, (heads), Tk] received."""
 
         def heads(answer: Tensor) -> Tensor:
-            if answer.shape[0] != rows:  # heads folded into the batch
-                answer = answer.reshape(rows, -1, *answer.shape[-2:])
-            return answer.float().mean(1) if self._heads == "mean" else answer.float()
+            return self._heads_of(answer, rows)
 
         if store.mode == "received":
             received, error = selectors.received(call, heads)
@@ -706,6 +807,7 @@ class Capture:
                 f"{f' ({len(worst)} sites in all)' if len(worst) > 1 else ''}. Its adapter misreads the call (scale, mask, "
                 "key order or heads); the maps would be wrong"
             )
+        self._differential.verify()
         if not any(site.captured for site in self._sites.values()):
             raise NothingCaptured(self._explain_nothing())
         self._warn()
@@ -762,14 +864,29 @@ class Capture:
             )
 
     def _build(self) -> AttentionMaps:
+        from_text = self._build_arrays(self._from_text)
+        return AttentionMaps.concatenate(self._build_arrays(self._stores), AttentionMaps.concatenate(from_text))
+
+    def _build_arrays(self, stores: Mapping[tuple[int, str, int], _Store]) -> dict[str, list[Any]]:
+        """Site → one array for each run; a differential site has its signed sum besides its single calls."""
         repeated = {name for name, index in self._sites if index > 0}
         arrays: dict[str, list[Any]] = {}
-        for (run_index, name, index), store in self._stores.items():
+        for (run_index, name, index), store in stores.items():
             label = f"{name}#{index}" if name in repeated else name
             array = build(self, self._runs[run_index], store)
-            if array is not None:
-                arrays.setdefault(label, []).append(array)
-        return AttentionMaps.concatenate(arrays)
+            if array is None:
+                continue
+            signs = self._differential.signs.get(name)
+            if signs is not None and index < len(signs):
+                whole = arrays.setdefault(name, [])
+                term = array * np.float32(signs[index])
+                term.attrs = {**array.attrs, "site": name, "signs": list(signs)}
+                if index == 0:
+                    whole.append(term)
+                else:
+                    whole[-1] = (whole[-1] + term).assign_attrs(whole[-1].attrs)
+            arrays.setdefault(label, []).append(array)
+        return arrays
 
     @property
     def held_bytes(self) -> int:

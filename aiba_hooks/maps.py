@@ -30,10 +30,22 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
     Without a backbone the dimensions are (call, batch, query, key), ``head`` after batch.
 
     ``time`` is in seconds and ``frequency`` in hertz (centres; ``frequency_low`` and ``frequency_high`` are the edges).
+
+    Attributes
+    ----------
+    from_text : AttentionMaps
+        For joint attention, beside each word map (audio queries, text keys) the other direction: what the word's own queries
+        attend to in the audio. Empty elsewhere.
     """
 
-    def __init__(self, arrays: Mapping[str, xr.DataArray]) -> None:
+    def __init__(self, arrays: Mapping[str, xr.DataArray], from_text: AttentionMaps | None = None) -> None:
         self._arrays = dict(arrays)
+        self._from_text = from_text
+
+    @property
+    def from_text(self) -> AttentionMaps:
+        """The other direction of joint attention: word queries on audio keys."""
+        return self._from_text if self._from_text is not None else AttentionMaps({})
 
     def __getitem__(self, site: str) -> xr.DataArray:
         try:
@@ -63,10 +75,12 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
     @property
     def tree(self) -> xr.DataTree:
         """The maps as an ``xarray.DataTree``: one node per site, holding the variable ``attention``."""
-        children = {
-            _node(site, i): xr.Dataset({"attention": array.rename(None)}, attrs={"site": site})
-            for i, (site, array) in enumerate(self._arrays.items())
-        }
+        both = [("attention", self), ("from_text", self.from_text)]
+        children: dict[str, xr.Dataset] = {}
+        for variable, maps in both:
+            for i, (site, array) in enumerate(maps.items()):
+                data = xr.Dataset({variable: array.rename(None)}, attrs={"site": site})
+                children[_node(site, i) if variable == "attention" else f"from_text/{_node(site, i)}"] = data
         root = xr.Dataset(attrs={FORMAT: FORMAT_VERSION})
         return xr.DataTree.from_dict({"/": root, **{f"/{name}": data for name, data in children.items()}})
 
@@ -111,7 +125,6 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
         _need_zarr()
         if not path.exists():
             raise FileNotFoundError(f"no maps at {path}")
-        arrays: dict[str, xr.DataArray] = {}
         store: Any = path
         if path.is_file():
             from zarr.storage import ZipStore
@@ -124,15 +137,16 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
                     raise ValueError("it has no attribute aiba_maps")
                 if version > FORMAT_VERSION:
                     raise ValueError(f"its layout is version {version}; this AIBA reads up to {FORMAT_VERSION}")
-                nodes = [node for node in tree.children.values() if "attention" in node.data_vars]
-                for node in sorted(nodes, key=lambda node: str(node.name)):
-                    arrays[str(node.attrs["site"])] = node.to_dataset()["attention"].load()
+                arrays = _read_nodes(tree, "attention")
+                other = _read_nodes(tree.children["from_text"], "from_text") if "from_text" in tree.children else {}
         except Exception as error:
             raise ValueError(f"{path} holds no maps that AttentionMaps.save wrote: {error}") from error
-        return cls(arrays)
+        return cls(arrays, cls(other) if other else None)
 
     @classmethod
-    def concatenate(cls, arrays: Mapping[str, Sequence[xr.DataArray]]) -> AttentionMaps:
+    def concatenate(
+        cls, arrays: Mapping[str, Sequence[xr.DataArray]], from_text: AttentionMaps | None = None
+    ) -> AttentionMaps:
         """Join what several pipeline calls in one capture gave, along ``prompt``; words and steps that one lacks are NaN."""
         joined = {}
         for site, parts in arrays.items():
@@ -156,7 +170,17 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
             if words is not None:
                 groups = [w for w in words if w.startswith("(")]
                 joined[site] = joined[site].sel(word=[w for w in words if not w.startswith("(")] + groups)
-        return cls(joined)
+        return cls(joined, from_text if from_text else None)
+
+
+def _read_nodes(tree: xr.DataTree, variable: str) -> dict[str, xr.DataArray]:
+    """Site → array, in the order in which they were written."""
+    nodes = [node for node in tree.children.values() if variable in node.data_vars]
+    found = {}
+    for node in sorted(nodes, key=lambda node: str(node.name)):
+        array = node.to_dataset()[variable].load()
+        found[str(node.attrs["site"])] = array.rename("attention")
+    return found
 
 
 def _node(site: str, index: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,11 +140,15 @@ class SourceWatch:
             if id(module) not in unhooked and not any(True for _ in module.children()) and _is_projection(module)
         ]
         self.enabled = False
+        #: told of every projection that ran, with what it read: ``(module, input)``
+        self.on_read: Callable[[nn.Module, torch.Tensor], None] | None = None
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.enabled and args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
             self._read[id(module)] = (args[0], output)
             self.ran.add(id(module))
+            if self.on_read is not None:
+                self.on_read(module, args[0])
 
     def sources(self, site: nn.Module, arguments: Mapping[str, Any]) -> list[Source]:
         """Distinct tensors that the projections below ``site`` read, in reading order; those of other sites are forgotten."""

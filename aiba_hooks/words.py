@@ -240,5 +240,5 @@ def _align(prompt: str, spans: Sequence[tuple[int, int]]) -> Iterator[int | str 
 def merge_groups(rows: Sequence[Mapping[str, Sequence[int]]], requests: Sequence[str]) -> list[str]:
     """The common ``word`` axis of several prompts: requests first, then the groups in parentheses in a fixed order."""
     present = {name for row in rows for name in row}
-    fixed = [f"({role})" for role in ("other", "special", "padding", "prefix")]
+    fixed = [f"({role})" for role in ("other", "special", "padding", "prefix", "audio")]
     return [r for r in requests if r in present] + [name for name in fixed if name in present]

@@ -59,7 +59,7 @@ def installed(tmp_path_factory):
 
 
 def test_the_command_lists_it(installed):
-    _, python = installed
+    package, python = installed
     command = "import sys; from aiba_eval.cli import main; sys.exit(main())"
     report = json.loads(run(python, "-c", command, "plugins", "--json", cwd=package.parent))
     assert not report["failures"]
@@ -68,6 +68,6 @@ def test_the_command_lists_it(installed):
 
 def test_its_own_tests_pass(installed):
     package, python = installed
-    output = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=package)
+    output = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", package / "tests", cwd=package.parent)
     assert " passed" in output
     assert "skipped" not in output

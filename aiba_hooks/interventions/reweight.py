@@ -104,7 +104,7 @@ class Intervention(Capture):
             )
         call = call.prepared()
         rows = self._rows(site, call, run)
-        store = self._stores.setdefault((len(self._runs) - 1, *key), self._open_store(site, call, run))
+        store = self._stores.setdefault((len(self._runs) - 1, *key), self._open_store(site, key, call, run))
         site.captured, site.reason = True, "edited"
         factor = self._factor(store, call, rows, run, wanted)
         # linear in the values: the change is the kernel's answer to (factor − 1)·V

@@ -80,11 +80,10 @@ def training(facts: dict[str, Any]) -> str:
         if part not in facts:
             continue
         of = facts[part]
-        options = of["options"]
         first, last = of["loss_curve"][0], of["loss_curve"][-1]
         rows.append(
-            f"| {part} | {of['parameters'] / 1e6:.2f} M | {of['steps']} | {options['batch']} × {options['seconds']} s | "
-            f"{options['rate']:g} | {of['training_seconds'] / 60:.0f} min | {first[1]:.3f} → {last[1]:.3f} |"
+            f"| {part} | {of['parameters'] / 1e6:.2f} M | {of['steps']} | {spans(of['runs'])} | "
+            f"{of['training_seconds'] / 60:.0f} min | {first[1]:.3f} → {last[1]:.3f} |"
         )
         points = of["loss_curve"][:: max(1, len(of["loss_curve"]) // 12)]
         curves.append(f"- {part}: " + ", ".join(f"{step}: {loss:.3f}" for step, loss in points))
@@ -93,14 +92,19 @@ def training(facts: dict[str, Any]) -> str:
             "## Training\n",
             "Two shared CPU cores, `examples/training/`, seed 0, AdamW, averaged weights (0.999); denoisers predict v, with one",
             "prompt in ten empty.\n",
-            "| part | parameters | steps | batch | rate | time | loss, first 50 steps → last |",
-            "|---|---|---|---|---|---|---|",
+            "| part | parameters | steps | clips a step, from step | time | loss, first 50 steps → last |",
+            "|---|---|---|---|---|---|",
             *rows,
             "\nLoss by step:\n",
             *curves,
             "",
         ]
     )
+
+
+def spans(runs: list[dict[str, Any]]) -> str:
+    """Batch and clip length, and from which step on."""
+    return "; ".join(f"{run['batch']} × {run['seconds']} s from {run['from_step']}" for run in runs)
 
 
 def figure(value: list[float]) -> str:

@@ -46,13 +46,11 @@ def facts(state: dict[str, Any], parameters: int) -> dict[str, Any]:
     """What the card says about one part."""
     curve = state["curve"]
     thinned = curve[:: max(1, len(curve) // POINTS)]
-    options = state["options"]
-    kept = ("batch", "rate", "seconds", "seed", "steps", "bf16")
     return {
         "parameters": parameters,
         "steps": state["step"],
         "training_seconds": round(float(state["seconds"])),
-        "options": {name: options[name] for name in kept},
+        "runs": state["runs"],
         "loss_curve": [*thinned, curve[-1]] if curve and thinned[-1] != curve[-1] else thinned,
     }
 

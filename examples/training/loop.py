@@ -1,7 +1,7 @@
 """One training loop for every model here: seeded by step, time-boxed, resumable, with an average of the weights.
 
 A checkpoint is one safetensors file: weights, their exponential average, both moments of AdamW, and as metadata the step
-count, the seconds spent and the loss curve. The learning rate depends on the step alone (warm-up, plateau, linear descent
+count, the seconds spent, the loss curve and the options of every run. The learning rate depends on the step alone (warm-up, plateau, linear descent
 over the last quarter of ``--steps``), so stopping and resuming changes nothing.
 """
 
@@ -59,8 +59,13 @@ class Trainer:
         self.average = [value.detach().clone() for value in values]
         self.step, self.seconds = 0, 0.0
         self.curve: list[tuple[int, float]] = []
+        self.runs: list[dict[str, object]] = []  # options from which step on
         if path.exists():
             self._read()
+        kept = ("batch", "rate", "steps", "seconds", "seed", "bf16")
+        now = {name: vars(options)[name] for name in kept}
+        if not self.runs or {**self.runs[-1], "from_step": None} != {**now, "from_step": None}:
+            self.runs.append({"from_step": self.step, **now})
 
     def run(self, loss_of: Callable[[int], torch.Tensor], *, save_every: float = 120.0) -> None:
         """Train until ``--steps``, ``--minutes`` or an interrupt; ``loss_of(step)`` is one batch's loss."""
@@ -119,10 +124,10 @@ class Trainer:
             for moment in ("exp_avg", "exp_avg_sq"):
                 if moment in self.optimizer.state.get(value, {}):
                     tensors[f"{moment}/{key}"] = self.optimizer.state[value][moment].contiguous()
-        state = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "options": vars(self.options)}
+        state = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "runs": self.runs}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        save_file(tensors, str(partial), {"state": json.dumps(state, default=str)})
+        save_file(tensors, str(partial), {"state": json.dumps(state)})
         partial.replace(self.path)
 
     def _read(self) -> None:
@@ -141,6 +146,7 @@ class Trainer:
                         "exp_avg_sq": file.get_tensor(f"exp_avg_sq/{key}").to(value),
                     }
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.runs = state.get("runs") or [{"from_step": 0, **state["options"]}]
         self.curve = [(int(step), float(loss)) for step, loss in state["curve"]]
         print(f"resumed {self.path.name} at step {self.step}", flush=True)
 
@@ -152,7 +158,7 @@ def generators(seed: int, step: int, device: str) -> tuple[np.random.Generator, 
 
 
 def load_average(path: Path, modules: Mapping[str, torch.nn.Module]) -> dict[str, object]:
-    """Load the averaged weights of a checkpoint into modules; returns its state (step, seconds, curve, options)."""
+    """Load the averaged weights of a checkpoint into modules; returns its state (step, seconds, curve, runs)."""
     with safe_open(str(path), "pt") as file, torch.no_grad():
         for name, module in modules.items():
             for key, parameter in module.named_parameters():

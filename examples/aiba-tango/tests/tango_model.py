@@ -60,7 +60,7 @@ class AudioDiffusion(nn.Module):
             norm_num_groups=4,
             down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
             up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-            attention_head_dim=(1, 2, 2, 2),
+            attention_head_dim=2,  # diffusers' name for the number of heads
             cross_attention_dim=16,
             use_linear_projection=True,
             upcast_attention=True,
