@@ -26,17 +26,27 @@ class Conditioning:
     waveforms : waveforms generated per prompt; the denoiser's rows are prompt-major (p0w0, p0w1, p1w0, ...)
     guided : whether classifier-free guidance runs, so that both branches exist
     streams : the token streams, each with one row per prompt
+    window : start and end, in seconds of what the denoiser generates, of what the pipeline keeps; None: all of it
     """
 
     prompts: tuple[str, ...]
     waveforms: int = 1
     guided: bool = False
     streams: tuple[TokenStream, ...] = ()
+    window: tuple[float, float] | None = None
 
     @property
     def rows(self) -> int:
         """Samples being denoised: prompts × waveforms."""
         return len(self.prompts) * self.waveforms
+
+
+@dataclass(frozen=True)
+class MethodCall:
+    """One call of a pipeline's method: its bound arguments and what it returned."""
+
+    arguments: Mapping[str, Any]
+    result: Any
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,9 @@ class Backbone:
     ----------
     name : what ``aiba plugins`` and the provenance of maps call it
     denoiser_names : attributes of the pipeline that hold its denoiser, first found wins
-    prompt_method : the pipeline's method (or methods) that encode prompts; each call to one starts a new run
+    prompt_method : the pipeline's method (or methods) that encode prompts; each call to one starts a new run. A dotted
+        name is a method of a part of it (``"conditioner.forward"``)
+    observed_methods : further methods whose latest calls ``conditioning_from`` needs (durations, number of waveforms)
     ranking_method : the method that re-sorts finished audio, if there is one (see ``order``)
     branches : guidance branches in the order in which the denoiser's batch (or its separate passes) holds them
     batched : True if one forward holds all branches along its batch axis, False if each branch is a forward of its own
@@ -103,6 +115,7 @@ class Backbone:
     name: str = "backbone"
     denoiser_names: Sequence[str] = ("unet", "transformer")
     prompt_method: str | Sequence[str] | None = "encode_prompt"
+    observed_methods: Sequence[str] = ()
     ranking_method: str | None = None
     branches: Sequence[str] = ("unconditional", "conditional")
     batched: bool = True
@@ -135,6 +148,25 @@ class Backbone:
         result : what it returned
         """
         raise NotImplementedError(f"backbone {self.name!r} does not say how prompts are conditioned")
+
+    def conditioning_from(self, target: Any, method: str, calls: Mapping[str, MethodCall]) -> Conditioning | None:
+        """The same from the latest calls of several methods; override it together with ``observed_methods``.
+
+        Parameters
+        ----------
+        method : which of ``prompt_methods`` has just returned
+        calls : method → its latest call since the last run began
+
+        Returns
+        -------
+        Conditioning or None
+            None where the call begins no run (a negative prompt, encoded after the prompt).
+        """
+        return self.conditioning(target, calls[method].arguments, calls[method].result)
+
+    def guided(self, target: Any, arguments: Mapping[str, Any], conditioning: Conditioning) -> bool:
+        """Whether this denoiser forward holds every branch, from its bound arguments. Default: what the run says."""
+        return conditioning.guided
 
     def order(self, target: Any, arguments: Mapping[str, Any], result: Any) -> Sequence[int]:
         """Denoiser rows in the order of the returned audio, from a call of ``ranking_method``."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from aiba_hooks import compilation, fastpaths, interception, selectors
-from aiba_hooks.backbone import Backbone, Conditioning, Segment, SiteCall, Step
+from aiba_hooks.backbone import Backbone, Conditioning, MethodCall, Segment, SiteCall, Step
 from aiba_hooks.calls import AttentionCall
 from aiba_hooks.coverage import Audit, CoverageWarning, Uncovered, uncovered
 from aiba_hooks.differential import DifferentialCheck
@@ -187,6 +187,7 @@ class Capture:
         self._checks: dict[tuple[str, int], tuple[Tensor, float]] = {}
         self._row_sums: dict[tuple[str, int], Tensor] = {}
         self._held = 0
+        self._calls: dict[str, MethodCall] = {}
         self._forward_calls: dict[str, int] = {}
         self._arguments: Mapping[str, Any] = {}
         self._adapters: dict[Any, Kernel] = {}
@@ -264,8 +265,9 @@ class Capture:
             if self.backbone is None:
                 self._runs.append(_Run())
             else:
-                for name in (*self.backbone.prompt_methods, self.backbone.ranking_method, "prepare_latents"):
-                    if name is not None and hasattr(self.target, name):
+                watched = (*self.backbone.prompt_methods, *self.backbone.observed_methods)
+                for name in dict.fromkeys((*watched, self.backbone.ranking_method, "prepare_latents")):
+                    if name is not None and owner_of(self.target, name) is not None:
                         stack.callback(interception.PATCHES.release, observe_method(self.target, name))
             interception.ACTIVE.set((*interception.ACTIVE.get(), self))
             stack.callback(self._deactivate)
@@ -279,6 +281,7 @@ class Capture:
         self._stack.close()
         self._closed = True
         self._arguments = {}
+        self._calls = {}
         self._failed = error
         if error is None:
             self._finish()
@@ -369,7 +372,7 @@ class Capture:
         backbone, conditioning = self.backbone, run.conditioning
         if backbone is None or conditioning is None:
             return run.forwards, {}
-        if not conditioning.guided:
+        if not backbone.guided(self.target, self._arguments, conditioning):
             return run.forwards, {"conditional": None}
         if backbone.batched:
             rows = conditioning.rows
@@ -410,14 +413,20 @@ class Capture:
     def method_called(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         """A method of the pipeline that the backbone watches has returned."""
         assert self.backbone is not None
+        watched = (*self.backbone.prompt_methods, *self.backbone.observed_methods)
+        if name in watched:
+            self._calls[name] = MethodCall(arguments, result)
         if name in self.backbone.prompt_methods:
+            conditioning = self.backbone.conditioning_from(self.target, name, self._calls)
+            if conditioning is None:
+                return
+            self._calls = {}
             if self._runs and not self._runs[-1].forwards:
                 self._runs.pop()  # encoded again before denoising: the last prompt counts
-            conditioning = self.backbone.conditioning(self.target, arguments, result)
             if self._words is not None:
                 check_words(self._words, conditioning.prompts)
             self._runs.append(_Run(conditioning))
-        elif name == self.backbone.ranking_method and self._runs:
+        if name == self.backbone.ranking_method and self._runs:
             self._runs[-1].order = [int(row) for row in self.backbone.order(self.target, arguments, result)]
         elif name == "prepare_latents" and self._runs:
             self._runs[-1].seeds = _seeds(arguments.get("generator"))
@@ -621,7 +630,7 @@ class Capture:
         batch = call.query.shape[0]
         if run.conditioning is None or self.backbone is None:
             return batch
-        branches = len(self.backbone.branches) if run.conditioning.guided and self.backbone.batched else 1
+        branches = max(len(self._branch_rows), 1)
         rows = run.conditioning.rows * branches
         if batch == rows or (batch % rows == 0 and call.query.shape[1] == 1):
             return rows
@@ -894,9 +903,18 @@ class Capture:
         return self._held
 
 
+def owner_of(target: Any, name: str) -> Any:
+    """The part of ``target`` that has the method ``name`` (dotted: of which part), or None."""
+    *path, method = name.split(".")
+    for part in path:
+        target = getattr(target, part, None)
+    return target if hasattr(target, method) else None
+
+
 def observe_method(target: Any, name: str) -> tuple[int, str]:
     """Let the captures of ``target`` know when its method ``name`` returns; a key for ``PATCHES.release``."""
-    original = getattr(target, name)
+    owner, method = owner_of(target, name), name.rpartition(".")[2]
+    original = getattr(owner, method)
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -910,7 +928,7 @@ def observe_method(target: Any, name: str) -> tuple[int, str]:
                 listener.method_called(name, bound.arguments, result)
         return result
 
-    return interception.PATCHES.acquire(target, name, original, observed)
+    return interception.PATCHES.acquire(owner, method, original, observed)
 
 
 def parse_bytes(budget: str | int) -> int:

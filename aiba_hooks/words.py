@@ -14,7 +14,7 @@ from aiba_hooks.errors import UnknownWord
 _WORD = re.compile(r"[^\W_]+(?:['’\-&][^\W_]+)*")
 _OCCURRENCE = re.compile(r"^(.*\S)#(\d+)$")
 
-ROLES = ("word", "other", "special", "padding", "prefix")
+ROLES = ("word", "other", "special", "padding", "prefix", "duration", "lyrics", "timbre")
 
 
 def split_words(prompt: str) -> list[tuple[str, int, int]]:
@@ -76,7 +76,7 @@ class TokenStream:
         One text per row.
     tokens, roles, words
         Per prompt, one entry per key: the token's text, its role (``"word"``, ``"other"`` for punctuation, ``"special"``,
-        ``"padding"``, ``"prefix"``) and the index of its word in ``split_words(prompt)`` or None.
+        ``"padding"``, ``"prefix"``, ``"duration"``, ``"lyrics"``, ``"timbre"``) and the index of its word in ``split_words(prompt)`` or None.
     argument
         The denoiser's argument that carries it (``"encoder_hidden_states_1"``), which is how a site's stream is recognised.
     """
@@ -193,7 +193,7 @@ class TokenStream:
         """Key positions of prompt ``row`` by group: one per request that it contains, then the rest by role.
 
         The rest is named in parentheses, so that the groups together cover every key: ``"(other)"`` (words not asked for
-        and punctuation), ``"(special)"``, ``"(padding)"``, ``"(prefix)"``; groups without a key are left out.
+        and punctuation), ``"(special)"``, ``"(padding)"`` and so on; groups without a key are left out.
 
         Raises
         ------
@@ -240,5 +240,5 @@ def _align(prompt: str, spans: Sequence[tuple[int, int]]) -> Iterator[int | str 
 def merge_groups(rows: Sequence[Mapping[str, Sequence[int]]], requests: Sequence[str]) -> list[str]:
     """The common ``word`` axis of several prompts: requests first, then the groups in parentheses in a fixed order."""
     present = {name for row in rows for name in row}
-    fixed = [f"({role})" for role in ("other", "special", "padding", "prefix", "audio")]
+    fixed = [f"({role})" for role in (*ROLES[1:], "audio")]
     return [r for r in requests if r in present] + [name for name in fixed if name in present]

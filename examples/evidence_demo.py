@@ -73,12 +73,11 @@ def clips(pieces: list[Piece], seed: int, windows: int = WINDOWS) -> list[Clip]:
     for number, piece in enumerate(pieces):
         rng = np.random.default_rng((seed, number))
         rate = piece.sample_rate
-        stems = {name: piece.stem(name) for name in piece.instruments if name in vocabulary.INSTRUMENTS}
-        length = round(SECONDS * rate)
+        names = [name for name in piece.instruments if name in vocabulary.INSTRUMENTS]
         for _ in range(windows):
-            start = int(rng.integers(max(1, min(map(len, stems.values()), default=0) - length)))
-            parts_of = {name: wave[start : start + length] for name, wave in stems.items()}
-            playing = [name for name, wave in parts_of.items() if len(wave) == length and (wave**2).mean() > 1e-6]
+            start = float(rng.integers(int((piece.seconds - SECONDS) * 100))) / 100
+            parts_of = {name: piece.stem(name, start, SECONDS) for name in names}
+            playing = [name for name, wave in parts_of.items() if (wave**2).mean() > 1e-6]
             if len(playing) < 2:
                 continue
             chosen = [str(name) for name in rng.permutation(playing)[:4]]
@@ -258,12 +257,11 @@ def single_stems(stems: Path, split: str, names: tuple[str, ...], per_stem: int,
     values, labels = [], []
     rng = np.random.default_rng(seed)
     for piece in slakh.pieces(stems, split):
-        for name in set(piece.instruments) & set(names):
-            wave = piece.stem(name)
+        for name in sorted(set(piece.instruments) & set(names)):
             for _ in range(per_stem):
-                start = int(rng.integers(max(1, len(wave) - 80000)))
-                part = wave[start : start + 80000]
-                if len(part) == 80000 and (part**2).mean() > 1e-6:
+                start = float(rng.integers(int((piece.seconds - 5) * 100))) / 100
+                part = piece.stem(name, start, 5.0)
+                if (part**2).mean() > 1e-6:
                     values.append(features(part))
                     labels.append(name)
     return np.array(values), np.array(labels)

@@ -352,6 +352,20 @@ def test_the_first_forward_compiles_nothing_of_its_own(fresh):
         assert graphs() == before
 
 
+def test_a_compiled_helper_of_the_models_still_runs_in_the_first_forward(fresh):
+    """It is traced through the mode of the coverage audit."""
+
+    @functools.partial(torch.compile, backend="eager", fullgraph=True)
+    def helper(x):
+        return torch.softmax(x @ x.mT, -1) @ x
+
+    model = Model(lambda q, k, v: by_name(helper(q), k, v))
+    q, k, v = tensors()
+    with torch.no_grad():
+        _, maps = captured(model, q, k, v)
+        torch.testing.assert_close(maps.double(), by_hand(helper(q), k), atol=1e-5, rtol=0)
+
+
 def test_a_compiled_function_that_calls_it_is_captured(fresh):
     """Compiled inside the block around the interceptor: the graph breaks there."""
     q, k, v = tensors()

@@ -346,6 +346,17 @@ def test_an_encoder_layer(paths, norm_first, activation, masks, grad):
     assert site.kernel == ("multi_head_attention" if grad else "transformer_encoder_layer")
 
 
+def test_a_float_mask_on_the_fast_path_shows_what_ran():
+    """nn.TransformerEncoderLayer hands it over, and the fast path hides every key whose entry is not zero."""
+    module = layer()
+    x = torch.randn(B, T, E)
+    mask = torch.sin(torch.arange(T * T).reshape(T, T).float()).clamp_min(0)
+    with torch.no_grad():
+        cap, maps = captured(module, x, src_mask=mask)
+    assert cap.sites[0].kernel == "transformer_encoder_layer"
+    torch.testing.assert_close(maps, weights_of(module, x, src_mask=mask != 0)["self_attn"], atol=1e-5, rtol=0)
+
+
 def test_an_encoder_layer_in_bfloat16():
     module = layer().to(torch.bfloat16)
     x = torch.randn(B, T, E, dtype=torch.bfloat16)

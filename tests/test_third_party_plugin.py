@@ -66,6 +66,7 @@ def test_the_command_lists_it(installed):
     assert any("aiba-tango 0.1.0" in str(plugin) and "tango" in str(plugin) for plugin in report["plugins"]), report
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass(installed):
     package, python = installed
     output = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", package / "tests", cwd=package.parent)

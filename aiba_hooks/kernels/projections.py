@@ -18,8 +18,10 @@ from aiba_hooks.tagging import Tag
 
 #: queries per sequence at which an encoder layer's output is made again; its feed-forward is twice its projections
 CHECKED_QUERIES = 64
-#: of the encoder layer's final output: attention is one of its summands there, so the check is tighter than the kernels'
-LAYER_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+#: of the encoder layer's final output, where attention is one summand of several: tighter than the kernels' own. Rounding
+#: reaches 3.3e-3 and 2.0e-2 (weights three times the usual); keys rolled by one give 2.5e-2 in float32 as in bfloat16, so a
+#: misread call is certain to be seen in float32 (a scale 10 % off: 5e-3 against 2e-4) and not in bfloat16
+LAYER_TOLERANCE = {torch.float16: 8e-3, torch.bfloat16: 4e-2}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """diffusers' attention dispatcher, with whichever backend it dispatches to.
 
-``diffusers.models.attention_dispatch.dispatch_attention_fn`` (diffusers 0.36 to 0.42): query [B, Tq, H, D], key and value
+``diffusers.models.attention_dispatch.dispatch_attention_fn`` (diffusers 0.39 to 0.42): query [B, Tq, H, D], key and value
 [B, Tk, Hk, D], output [B, Tq, H, D]. The model files import it by name. Backends that end in SDPA, flex or FlashAttention are
 seen here only: the outermost interceptor wins."""
 

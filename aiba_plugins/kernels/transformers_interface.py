@@ -7,7 +7,7 @@ returns (output [B, Tq, H, D], weights or None). It is looked up
 - in the mapping of a modeling file's own instance;
 - as ``eager_attention_forward``, a global of every modeling file.
 
-Models that compute attention inline (transformers 5.23: BLOOM, BARK, SpeechT5, XLNet and about 80 more) have no function to
+Models that compute attention inline (transformers 5.23: BARK, SpeechT5, VITS, BLOOM and some 80 more) have no function to
 intercept; the coverage audit names them. GPT-2's own ``_upcast_and_reordered_attn`` is one, as its method returns the weights."""
 
 from __future__ import annotations

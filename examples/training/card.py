@@ -104,7 +104,11 @@ def training(facts: dict[str, Any]) -> str:
 
 def spans(runs: list[dict[str, Any]]) -> str:
     """Batch and clip length, and from which step on."""
-    return "; ".join(f"{run['batch']} × {run['seconds']} s from {run['from_step']}" for run in runs)
+
+    def length(run: dict[str, Any]) -> str:
+        return f"{run.get('columns', 25 * run['seconds']) / 25:g}"
+
+    return "; ".join(f"{run['batch']} × {length(run)} s from {run['from_step']}" for run in runs)
 
 
 def figure(value: list[float]) -> str:

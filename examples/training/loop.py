@@ -62,8 +62,8 @@ class Trainer:
         self.runs: list[dict[str, object]] = []  # options from which step on
         if path.exists():
             self._read()
-        kept = ("batch", "rate", "steps", "seconds", "seed", "bf16")
-        now = {name: vars(options)[name] for name in kept}
+        kept = ("batch", "rate", "steps", "seconds", "columns", "seed", "bf16")
+        now = {name: value for name, value in vars(options).items() if name in kept and value is not None}
         if not self.runs or {**self.runs[-1], "from_step": None} != {**now, "from_step": None}:
             self.runs.append({"from_step": self.step, **now})
 
@@ -146,7 +146,7 @@ class Trainer:
                         "exp_avg_sq": file.get_tensor(f"exp_avg_sq/{key}").to(value),
                     }
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
-        self.runs = state.get("runs") or [{"from_step": 0, **state["options"]}]
+        self.runs = state["runs"]
         self.curve = [(int(step), float(loss)) for step, loss in state["curve"]]
         print(f"resumed {self.path.name} at step {self.step}", flush=True)
 

@@ -58,6 +58,7 @@ def dit_prediction(pipe: Any, device: str) -> Callable[..., torch.Tensor]:
 def main() -> None:
     parser = arguments(__doc__, steps=6000, batch=16, rate=1e-3)
     parser.add_argument("--kind", choices=("unet", "dit"), required=True)
+    parser.add_argument("--columns", type=int, default=None, help="train on random cuts of so many latent columns")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -77,6 +78,10 @@ def main() -> None:
         rng, noise_of = generators(options.seed, step, device)
         chosen = rng.integers(len(latents), size=options.batch)
         clean = latents[torch.from_numpy(chosen).to(device)].float()
+        if options.columns:
+            starts = rng.integers(clean.shape[2] - options.columns + 1, size=len(clean))
+            cuts = [row[:, start : start + options.columns] for row, start in zip(clean, starts, strict=True)]
+            clean = torch.stack(cuts)
         prompts = ["" if rng.random() < EMPTY else prompt(rng, instruments[i]) for i in chosen]
         noise = torch.randn(clean.shape, generator=noise_of, device=device)
         # one timestep per equal part of the range: less variance between batches
