@@ -102,7 +102,7 @@ class AttentionMaps(Mapping[str, xr.DataArray]):
         # written under another name first: what stands at `path` is whole
         partial = path.with_name(f".{path.name}.partial")
         _remove(partial)
-        self.tree.to_zarr(partial, consolidated=False, zarr_format=3)
+        self.tree.map_over_datasets(_labels_to_attributes).to_zarr(partial, consolidated=False, zarr_format=3)
         if path.suffix == ".zip":
             folder, partial = partial, path.with_name(f".{path.name}.zipping")
             _archive(folder, partial)
@@ -178,9 +178,24 @@ def _read_nodes(tree: xr.DataTree, variable: str) -> dict[str, xr.DataArray]:
     nodes = [node for node in tree.children.values() if variable in node.data_vars]
     found = {}
     for node in sorted(nodes, key=lambda node: str(node.name)):
-        array = node.to_dataset()[variable].load()
+        array = _labels_from_attributes(node.to_dataset())[variable].load()
         found[str(node.attrs["site"])] = array.rename("attention")
     return found
+
+
+_LABELS = "text_coordinates"
+
+
+def _labels_to_attributes(data: xr.Dataset) -> xr.Dataset:
+    """Text has no data type in the Zarr 3 specification: text coordinates are stored as JSON attributes."""
+    labels = {str(name): c for name, c in data.coords.items() if c.dtype.kind in "UO"}
+    held = {name: {"dims": list(map(str, c.dims)), "values": c.values.tolist()} for name, c in labels.items()}
+    return data.drop_vars(list(labels)).assign_attrs({_LABELS: held} if held else {})
+
+
+def _labels_from_attributes(data: xr.Dataset) -> xr.Dataset:
+    held: Any = data.attrs.pop(_LABELS, {})
+    return data.assign_coords({name: (label["dims"], np.asarray(label["values"], dtype=str)) for name, label in held.items()})
 
 
 def _node(site: str, index: int) -> str:

@@ -1,11 +1,16 @@
 """FlashAttention 2, 3 and 4, and SageAttention.
 
 They need a GPU. These tests run stand-in modules of the exact signatures (flash_attn 2.8.3, flash_attn_interface 3.0,
-flash_attn.cute of 2026, sageattention 1.0.6 and 2.2), computed by plain softmax, through the real adapters."""
+flash_attn.cute of 2026, sageattention 1.0.6 and 2.2), computed by plain softmax, through the real adapters. Where triton and
+sageattention are installed (``pip install --no-deps triton sageattention==1.0.6``), SageAttention's own code runs interpreted."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import json
+import os
+import subprocess
 import sys
 import types
 
@@ -607,6 +612,46 @@ def test_sage_3(monkeypatch):
     q, k, v = (x.transpose(1, 2) for x in batch())
     maps, _ = sage_maps(Model(module, "sageattn3_blackwell"), q, k, v)
     np.testing.assert_allclose(maps, by_batch(q.transpose(1, 2), k.transpose(1, 2)), atol=1e-5)
+
+
+REAL_SAGE = """
+import json, sageattention, torch
+from aiba_hooks import capture
+
+class Model(torch.nn.Module):
+    def forward(self, q, k, v):
+        return sageattention.sageattn(q, k, v, tensor_layout="NHD", is_causal=True)
+
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 70, 2, 64) for _ in range(3))
+first, second = k.clone(), k.clone()
+plain = Model()(q, first, v)
+with capture(Model(), keep="full", heads="all", kinds=("unknown",)) as cap:
+    output = cap.target(q, second, v)
+logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8
+expected = logits.masked_fill(~torch.ones(70, 70).tril().bool(), float("-inf")).softmax(-1)
+error = float((torch.from_numpy(cap.maps[""].values[0]) - expected).abs().max())
+same = torch.equal(plain, output) and torch.equal(first, second)
+print(json.dumps({"same": same, "moved": not torch.equal(first, k), "error": error, "check": cap.sites[0].check}))
+"""
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("sageattention", "triton")),
+    reason="sageattention 1.0.6 and triton are not installed",
+)
+def test_the_real_sage_attention_interpreted():
+    """Its Triton kernels run on CPU tensors under the interpreter; -O takes out its assertions that they are on a GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-O", "-c", REAL_SAGE], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["same"]
+    assert found["moved"]  # the key lost its mean in place, in the model's own call
+    assert found["error"] < 0.03  # queries and keys have 8 bits
+    assert found["check"] < 1e-3
 
 
 def test_sages_edited_output_goes_back_in_the_calls_layout(sageattention):

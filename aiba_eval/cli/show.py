@@ -183,8 +183,6 @@ def _quiet_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        # zarr: text labels have no place in the Zarr 3 specification yet; AttentionMaps.load reads them
-        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
         yield
 
 
