@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from aiba_hooks.capturing import Capture, capture
     from aiba_hooks.errors import (
         AibaError,
+        BackboneMismatch,
         CaptureBudgetExceeded,
         CheckColumnError,
         DegeneratePooling,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from aiba_hooks.kernel import Kernel
     from aiba_hooks.lattice import Lattice
     from aiba_hooks.maps import AttentionMaps
+    from aiba_hooks.mel import mel_edges
     from aiba_hooks.models import Model
     from aiba_hooks.sites import Site
     from aiba_hooks.tagging import Tag
@@ -36,6 +38,7 @@ _HOME = {
     "AttentionCall": "calls",
     "AttentionMaps": "maps",
     "Backbone": "backbone",
+    "BackboneMismatch": "errors",
     "Capture": "capturing",
     "CaptureBudgetExceeded": "errors",
     "CheckColumnError": "errors",
@@ -54,6 +57,7 @@ _HOME = {
     "UnknownBackbone": "errors",
     "UnknownWord": "errors",
     "capture": "capturing",
+    "mel_edges": "mel",
     "intervene": "interventions",
     "Intervention": "interventions",
 }
@@ -63,6 +67,7 @@ __all__ = [
     "AttentionCall",
     "AttentionMaps",
     "Backbone",
+    "BackboneMismatch",
     "Capture",
     "CaptureBudgetExceeded",
     "CheckColumnError",
@@ -85,6 +90,7 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "intervene",
+    "mel_edges",
 ]
 
 

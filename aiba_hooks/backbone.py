@@ -23,14 +23,15 @@ class Conditioning:
     Attributes
     ----------
     prompts : one text per prompt of the call
-    waveforms : waveforms generated per prompt; the denoiser's rows are prompt-major (p0w0, p0w1, p1w0, ...)
+    waveforms : waveforms generated per prompt, or None if the call does not tell: read off the denoiser's batch then. Rows are
+        prompt-major (p0w0, p0w1, p1w0, ...)
     guided : whether classifier-free guidance runs, so that both branches exist
     streams : the token streams, each with one row per prompt
     window : start and end, in seconds of what the denoiser generates, of what the pipeline keeps; None: all of it
     """
 
     prompts: tuple[str, ...]
-    waveforms: int = 1
+    waveforms: int | None = 1
     guided: bool = False
     streams: tuple[TokenStream, ...] = ()
     window: tuple[float, float] | None = None
@@ -38,13 +39,18 @@ class Conditioning:
     @property
     def rows(self) -> int:
         """Samples being denoised: prompts × waveforms."""
-        return len(self.prompts) * self.waveforms
+        return len(self.prompts) * (self.waveforms or 1)
+
+    def spread(self, per_prompt: Sequence[Any]) -> list[Any]:
+        """One entry per prompt, as one entry per sample."""
+        return [entry for entry in per_prompt for _ in range(self.waveforms or 1)]
 
 
 @dataclass(frozen=True)
 class MethodCall:
-    """One call of a pipeline's method: its bound arguments and what it returned."""
+    """One call of a pipeline's method: its name, its bound arguments and what it returned."""
 
+    name: str
     arguments: Mapping[str, Any]
     result: Any
 
@@ -105,7 +111,7 @@ class Backbone:
     denoiser_names : attributes of the pipeline that hold its denoiser, first found wins
     prompt_method : the pipeline's method (or methods) that encode prompts; each call to one starts a new run. A dotted
         name is a method of a part of it (``"conditioner.forward"``)
-    observed_methods : further methods whose latest calls ``conditioning_from`` needs (durations, number of waveforms)
+    observed_methods : further methods whose calls ``conditioning_from`` needs (durations, number of waveforms)
     ranking_method : the method that re-sorts finished audio, if there is one (see ``order``)
     branches : guidance branches in the order in which the denoiser's batch (or its separate passes) holds them
     batched : True if one forward holds all branches along its batch axis, False if each branch is a forward of its own
@@ -149,20 +155,19 @@ class Backbone:
         """
         raise NotImplementedError(f"backbone {self.name!r} does not say how prompts are conditioned")
 
-    def conditioning_from(self, target: Any, method: str, calls: Mapping[str, MethodCall]) -> Conditioning | None:
-        """The same from the latest calls of several methods; override it together with ``observed_methods``.
+    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning | None:
+        """The same from the calls of several methods; override it together with ``observed_methods``.
 
         Parameters
         ----------
-        method : which of ``prompt_methods`` has just returned
-        calls : method → its latest call since the last run began
+        calls : of ``observed_methods`` and ``prompt_methods`` since the last run began, in order; the last is one of the latter
 
         Returns
         -------
         Conditioning or None
-            None where the call begins no run (a negative prompt, encoded after the prompt).
+            None where that call begins no run (a negative prompt, encoded after the prompt).
         """
-        return self.conditioning(target, calls[method].arguments, calls[method].result)
+        return self.conditioning(target, calls[-1].arguments, calls[-1].result)
 
     def guided(self, target: Any, arguments: Mapping[str, Any], conditioning: Conditioning) -> bool:
         """Whether this denoiser forward holds every branch, from its bound arguments. Default: what the run says."""

@@ -25,6 +25,7 @@ from aiba_hooks.calls import AttentionCall
 from aiba_hooks.coverage import Audit, CoverageWarning, Uncovered, uncovered
 from aiba_hooks.differential import DifferentialCheck
 from aiba_hooks.errors import (
+    BackboneMismatch,
     CaptureBudgetExceeded,
     CheckColumnError,
     DegeneratePooling,
@@ -187,9 +188,10 @@ class Capture:
         self._checks: dict[tuple[str, int], tuple[Tensor, float]] = {}
         self._row_sums: dict[tuple[str, int], Tensor] = {}
         self._held = 0
-        self._calls: dict[str, MethodCall] = {}
+        self._calls: list[MethodCall] = []
         self._forward_calls: dict[str, int] = {}
         self._arguments: Mapping[str, Any] = {}
+        self._batch: int | None = None
         self._adapters: dict[Any, Kernel] = {}
         self._maps: AttentionMaps | None = None
         #: attention that ran in the first forward without an intercepted kernel
@@ -246,15 +248,16 @@ class Capture:
         denoiser = compilation.unwrap(denoiser)
         kernels: list[Kernel] = manager().collect("aiba_kernels")
         with ExitStack() as stack:
-            if compiled:
-                compilation.warn(compiled, stacklevel=3)
-                stack.enter_context(compilation.force_eager())
             self._denoiser = denoiser
             self._names = site_names(denoiser)
             self._forward_signature = inspect.signature(type(denoiser).forward)
             stack.callback(self._restore_late_imports, set(sys.modules))
             for key in interception.intercept(kernels, list(denoiser.modules()), self._adapters):
                 stack.callback(interception.PATCHES.release, key)
+            compiled += compilation.compiled_functions(denoiser)
+            if compiled:
+                compilation.warn(compiled, stacklevel=3)
+                stack.enter_context(compilation.force_eager())
             self._watch = SourceWatch(denoiser)
             self._watch.on_read = self._differential.projection_read
             stack.callback(self._watch.close)
@@ -266,6 +269,11 @@ class Capture:
                 self._runs.append(_Run())
             else:
                 watched = (*self.backbone.prompt_methods, *self.backbone.observed_methods)
+                if watched and not any(owner_of(self.target, name) is not None for name in watched):
+                    raise BackboneMismatch(
+                        f"{type(self.target).__name__} has no method {' or '.join(map(repr, watched))}, where the backbone "
+                        f"{self.backbone.name!r} expects prompts to be encoded"
+                    )
                 for name in dict.fromkeys((*watched, self.backbone.ranking_method, "prepare_latents")):
                     if name is not None and owner_of(self.target, name) is not None:
                         stack.callback(interception.PATCHES.release, observe_method(self.target, name))
@@ -281,7 +289,7 @@ class Capture:
         self._stack.close()
         self._closed = True
         self._arguments = {}
-        self._calls = {}
+        self._calls = []
         self._failed = error
         if error is None:
             self._finish()
@@ -340,11 +348,13 @@ class Capture:
         self._arguments = bound.arguments
         if not self._runs:
             methods = " or ".join(self.backbone.prompt_methods) if self.backbone is not None else ""
-            raise RuntimeError(
+            raise BackboneMismatch(
                 f"the denoiser ran before {type(self.target).__name__}.{methods} was called inside the capture, so the "
                 "prompt is unknown. Encode the prompt inside the with block"
             )
         run = self._runs[-1]
+        self._batch = _batch_of(bound.arguments)
+        self._settle_waveforms(run)
         self._step, self._branch_rows = self._place_in_schedule(run)
         if self._step == len(run.steps):
             run.steps.append(self.backbone.step(self.target, self._arguments) if self.backbone is not None else Step())
@@ -366,6 +376,20 @@ class Capture:
         self._watch.close()
         self._audit.stop()
         self._arguments = {}
+
+    def _settle_waveforms(self, run: _Run) -> None:
+        """Where the backbone leaves the number of waveforms open, the batch that the denoiser is given tells it."""
+        conditioning, backbone = run.conditioning, self.backbone
+        if conditioning is None or backbone is None or conditioning.waveforms is not None:
+            return
+        branches = len(backbone.branches) if conditioning.guided and backbone.batched else 1
+        per_prompt, rest = divmod(self._batch or 0, branches * len(conditioning.prompts))
+        if rest or not per_prompt:
+            raise BackboneMismatch(
+                f"the denoiser's batch is {self._batch}, which {len(conditioning.prompts)} prompts × {branches} guidance "
+                f"branches do not divide (backbone {backbone.name!r})"
+            )
+        run.conditioning = replace(conditioning, waveforms=per_prompt)
 
     def _place_in_schedule(self, run: _Run) -> tuple[int, dict[str, tuple[int, int] | None]]:
         """Step index of this forward, and which of its rows belong to which branch (None: all of them)."""
@@ -415,12 +439,12 @@ class Capture:
         assert self.backbone is not None
         watched = (*self.backbone.prompt_methods, *self.backbone.observed_methods)
         if name in watched:
-            self._calls[name] = MethodCall(arguments, result)
+            self._calls.append(MethodCall(name, arguments, result))
         if name in self.backbone.prompt_methods:
-            conditioning = self.backbone.conditioning_from(self.target, name, self._calls)
+            conditioning = self.backbone.conditioning_from(self.target, self._calls)
             if conditioning is None:
                 return
-            self._calls = {}
+            self._calls = []
             if self._runs and not self._runs[-1].forwards:
                 self._runs.pop()  # encoded again before denoising: the last prompt counts
             if self._words is not None:
@@ -632,12 +656,13 @@ class Capture:
             return batch
         branches = max(len(self._branch_rows), 1)
         rows = run.conditioning.rows * branches
-        if batch == rows or (batch % rows == 0 and call.query.shape[1] == 1):
+        fits = batch == rows or (batch % rows == 0 and call.query.shape[1] == 1)
+        if fits and self._batch in (None, rows):
             return rows
-        raise RuntimeError(
-            f"{site.name}: the kernel's batch is {batch}, but {len(run.conditioning.prompts)} prompts × "
-            f"{run.conditioning.waveforms} waveforms × {branches} guidance branches are {rows} rows (backbone "
-            f"{self.backbone.name!r})"
+        raise BackboneMismatch(
+            f"{site.label}: the denoiser's batch is {self._batch} and the kernel's {batch}, but "
+            f"{len(run.conditioning.prompts)} prompts × {run.conditioning.waveforms} waveforms × {branches} guidance branches "
+            f"are {rows} rows (backbone {self.backbone.name!r})"
         )
 
     def _open_store(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> _Store:
@@ -683,7 +708,7 @@ class Capture:
                 found: Mapping[str, Sequence[int]] = {"(audio)": range(segment.length)}
             elif segment.stream not in streams or streams[segment.stream].length != segment.length:
                 length = streams[segment.stream].length if segment.stream in streams else 0
-                raise RuntimeError(
+                raise BackboneMismatch(
                     f"{site.label}: stream {segment.stream!r} has {length} tokens, but the kernel saw {segment.length} keys; "
                     f"the backbone {self.backbone and self.backbone.name!r} tokenises differently from the pipeline"
                 )
@@ -755,7 +780,7 @@ class Capture:
     def _row_groups(self, store: _Store, run: _Run, rows: int, repeat: int) -> list[dict[str, list[int]]]:
         """Groups of every kernel row: prompts by waveforms, the same positions in every branch, heads in the batch last."""
         assert run.conditioning is not None
-        one_branch = [groups for groups in store.groups for _ in range(run.conditioning.waveforms)]
+        one_branch = run.conditioning.spread(store.groups)
         batch = one_branch * (rows // len(one_branch))
         return [groups for groups in batch for _ in range(repeat)]
 
@@ -958,6 +983,13 @@ def _one_of(name: str, value: Any, options: Iterable[str]) -> None:
     options = tuple(options)
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
+
+
+def _batch_of(arguments: Mapping[str, Any]) -> int | None:
+    """Batch size of a forward: that of its first tensor with more than two axes, the latent."""
+    tensors = (value for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 2)
+    first = next(tensors, None)
+    return None if first is None else int(first.shape[0])
 
 
 def _seeds(generator: Any) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -58,6 +59,18 @@ def compiled_parts(target: Any, root: nn.Module) -> list[str]:
     if not found and isinstance(target, nn.Module) and _is_optimized(target):
         found.append(type(unwrap(target)).__name__)
     return list(dict.fromkeys(found))
+
+
+def compiled_functions(root: nn.Module) -> list[str]:
+    """Compiled functions in the files that define the classes at or below ``root``. Call it once kernels are intercepted:
+    a compiled kernel is asked as it is, and does not count."""
+    files = {cls.__module__ for module in root.modules() for cls in type(module).__mro__}
+    found = []
+    for path in sorted(files):
+        for name, value in vars(sys.modules.get(path, object)).items():
+            if callable(value) and hasattr(value, "_torchdynamo_orig_callable") and not isinstance(value, type):
+                found.append(f"{path}.{name}")
+    return found
 
 
 def unwrap(module: nn.Module) -> nn.Module:

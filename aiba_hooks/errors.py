@@ -36,3 +36,7 @@ class UnknownBackbone(AibaError, TypeError):
 
 class LatticeMismatch(AibaError, ValueError):
     """The number of tokens at a site does not fit the lattice that the backbone declares."""
+
+
+class BackboneMismatch(AibaError, RuntimeError):
+    """What a backbone says of the running call does not fit what the denoiser or a kernel was given."""

@@ -299,8 +299,8 @@ def _build_plain(capture: Capture, store: _Store) -> xr.DataArray:
 def _row_coords(run: _Run) -> dict[str, Any]:
     conditioning = run.conditioning
     assert conditioning is not None
-    prompts = [prompt for prompt in conditioning.prompts for _ in range(conditioning.waveforms)]
-    waveforms = list(range(conditioning.waveforms)) * len(conditioning.prompts)
+    prompts = conditioning.spread(conditioning.prompts)
+    waveforms = list(range(conditioning.waveforms or 1)) * len(conditioning.prompts)
     if run.order is not None:
         prompts = [prompts[row] for row in run.order]
         waveforms = [waveforms[row] for row in run.order]
@@ -333,7 +333,7 @@ def _blank_missing(array: xr.DataArray, run: _Run, store: _Store) -> xr.DataArra
     """NaN where a prompt does not contain a word; a group of other keys that it lacks holds no mass, which is 0."""
     if not store.groups or run.conditioning is None:
         return array
-    rows = [groups for groups in store.groups for _ in range(run.conditioning.waveforms)]
+    rows = run.conditioning.spread(store.groups)
     if run.order is not None:
         rows = [rows[row] for row in run.order]
     present = xr.DataArray(
@@ -348,7 +348,7 @@ def _key_coords(run: _Run, store: _Store, keys: int) -> dict[str, Any]:
     assert run.conditioning is not None
     stream = next((s for s in run.conditioning.streams if s.name == store.site.stream and s.length == keys), None)
     if stream is not None:
-        rows = [row for row in range(len(stream.prompts)) for _ in range(run.conditioning.waveforms)]
+        rows = run.conditioning.spread(range(len(stream.prompts)))
         if run.order is not None:
             rows = [rows[row] for row in run.order]
         coords["token"] = (("prompt", "key"), np.array([stream.tokens[row] for row in rows], dtype=str))

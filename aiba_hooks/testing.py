@@ -219,6 +219,7 @@ def check_backbone(
     other_prompt: str,
     words: Sequence[str],
     latent: str | None = None,
+    latent_axes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Verify a backbone on the pipeline that it describes.
 
@@ -235,6 +236,8 @@ def check_backbone(
         Words of ``prompt``.
     latent
         Name of the denoiser's argument that holds the latent; by default its first.
+    latent_axes
+        Axes of that tensor in the order of the lattices' ``axes``; by default those after batch and channels.
 
     Returns
     -------
@@ -269,7 +272,8 @@ def check_backbone(
     durations = []
     for name, array in cap.maps.items():
         total = array.sum("word", skipna=False)
-        _require(bool(np.allclose(total, 1, atol=1e-2)), f"{name}: the words and groups do not cover every key")
+        rows = sum(array.attrs.get("signs", [1.0]))  # a differential map is a signed sum
+        _require(bool(np.allclose(total, rows, atol=1e-2)), f"{name}: the words and groups do not cover every key")
         _require(bool((np.diff(array.time) > 0).all()) or array.sizes["time"] == 1, f"{name}: time does not run forwards")
         if "frequency" in array.dims:
             _require(
@@ -283,7 +287,7 @@ def check_backbone(
         max(durations) - min(durations) <= longest + 1e-6,
         f"lattices disagree on the duration: {min(durations):.3f} s to {max(durations):.3f} s",
     )
-    _check_geometry(backbone, target, denoiser, generate, prompt, latent)
+    _check_geometry(backbone, target, denoiser, generate, prompt, latent, latent_axes)
     _check_branches(backbone, target, generate, prompt, other_prompt)
     with intervene(target, reweight={words[0]: 0.0}, backbone=backbone):
         edited = generate(prompt)
@@ -293,7 +297,13 @@ def check_backbone(
 
 
 def _check_geometry(
-    backbone: Backbone, target: Any, denoiser: nn.Module, generate: Callable[[str], Any], prompt: str, latent: str | None
+    backbone: Backbone,
+    target: Any,
+    denoiser: nn.Module,
+    generate: Callable[[str], Any],
+    prompt: str,
+    latent: str | None,
+    latent_axes: Sequence[int] | None,
 ) -> None:
     """Move one spot of the latent and see which queries of the finest site move with it."""
     signature = inspect.signature(type(denoiser).forward)
@@ -306,8 +316,10 @@ def _check_geometry(
             sample = bound.arguments[argument]
             if spot is not None:
                 sample = sample.clone()
-                where = [int(f * size) for f, size in zip(spot, sample.shape[2:], strict=False)]
-                sample[(slice(None), slice(None), *where)] += 4 * sample.std()
+                where: list[Any] = [slice(None)] * sample.ndim
+                for axis, share in zip(latent_axes or range(2, sample.ndim), spot, strict=False):
+                    where[axis] = int(share * sample.shape[axis])
+                sample[tuple(where)] += 4 * sample.std()
                 bound.arguments[argument] = sample
             return bound.args[1:], bound.kwargs
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from aiba_hooks import NothingCaptured, UnknownWord, capture
+from aiba_hooks import BackboneMismatch, NothingCaptured, UnknownWord, capture, mel_edges
+from aiba_plugins.backbones.audioldm2 import AudioLDM2
 from tests.conftest import generate
 
 T5 = "up_blocks.2.attentions.2.transformer_blocks.0.attn2"
@@ -180,6 +183,32 @@ def test_a_word_that_the_tokenizer_cut_off(pipe):
         generate(pipe, prompt, steps=1)
 
 
+@pytest.mark.parametrize("heads", ["mean", "all"])
+def test_a_backbone_that_miscounts_waveforms_is_refused(pipe, heads):
+    """Two samples must never pass for one sample with its heads folded into the batch."""
+
+    class Miscounting(AudioLDM2):
+        def conditioning(self, target, arguments, result):
+            return dataclasses.replace(super().conditioning(target, arguments, result), waveforms=1)
+
+    with pytest.raises(BackboneMismatch, match="the denoiser's batch is 2 and the kernel's 2, but 1 prompts × 1 waveforms"):
+        with capture(pipe, words=["bass"], heads=heads, backbone=Miscounting()):
+            generate(pipe, "a bass", steps=1, guidance_scale=1.0, num_waveforms_per_prompt=2)
+
+
+def test_a_backbone_may_leave_the_waveforms_to_the_batch(pipe):
+    class Open(AudioLDM2):
+        def conditioning(self, target, arguments, result):
+            return dataclasses.replace(super().conditioning(target, arguments, result), waveforms=None)
+
+    maps = []
+    for backbone in (AudioLDM2(), Open()):
+        with capture(pipe, words=["bass"], backbone=backbone) as cap:
+            generate(pipe, ["a bass", "bass drums"], steps=1, num_waveforms_per_prompt=2)
+        maps.append(cap.maps[T5])
+    assert maps[1].identical(maps[0])
+
+
 def test_prompts_given_as_embeddings_have_no_words(pipe):
     with torch.no_grad():
         embeds, mask, generated = pipe.encode_prompt("a bass", "cpu", 1, False)
@@ -219,10 +248,14 @@ def test_provenance(pipe):
     assert "encoder_hidden_states_1" in attrs["evidence"]
 
 
-def test_mel_band_edges_are_librosas():
+@pytest.mark.parametrize("scale", ["slaney", "htk"])
+def test_mel_band_edges_are_librosas(scale):
     import librosa
 
-    from aiba_plugins.mel import slaney_edges
-
-    edges = slaney_edges(64, 0.0, 8000.0)
-    np.testing.assert_allclose(librosa.hz_to_mel(edges), np.linspace(0, librosa.hz_to_mel(8000.0), 65), atol=1e-9)
+    edges = mel_edges(64, 20.0, 8000.0, scale)
+    low, high = librosa.hz_to_mel([20.0, 8000.0], htk=scale == "htk")
+    np.testing.assert_allclose(librosa.hz_to_mel(edges, htk=scale == "htk"), np.linspace(low, high, 65), atol=1e-9)
+    with pytest.raises(ValueError, match="scale must be"):
+        mel_edges(64, 0, 8000, "bark")
+    with pytest.raises(ValueError, match="0 <= fmin < fmax"):
+        mel_edges(64, 8000, 0)

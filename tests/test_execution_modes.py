@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -103,6 +105,28 @@ def test_a_compiled_pipeline_is_captured(shared_pipe, stance):
     assert list(cap.maps) == list(eager.maps)
     for name, array in cap.maps.items():
         np.testing.assert_array_equal(array, eager.maps[name])
+
+
+def test_a_compiled_function_that_a_models_file_calls_runs_eagerly_too(inputs, stance):
+    """fullgraph=True would refuse to trace the interceptor; without it the call would be compiled away."""
+    file = types.ModuleType("a_models_file")
+    file.attend = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), backend="eager", fullgraph=True)
+    sys.modules[file.__name__] = file
+    try:
+
+        class Model(Attention):
+            def forward(self, x, context):
+                return file.attend(self.to_q(x)[:, None], self.to_k(context)[:, None], self.to_v(context)[:, None])
+
+        Model.__module__ = file.__name__
+        model = Model().eval()
+        with torch.no_grad():
+            model(*inputs)
+            with pytest.warns(CompiledModelWarning, match=r"a_models_file\.attend"), capture(model, keep="full") as cap:
+                model(*inputs)
+        assert cap.maps[""].sizes == {"call": 1, "batch": 2, "query": 6, "key": 5}
+    finally:
+        del sys.modules[file.__name__]
 
 
 def test_an_eager_model_leaves_the_stance_alone(block, inputs, stance):

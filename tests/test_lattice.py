@@ -9,7 +9,7 @@ import xarray as xr
 
 from aiba_eval import MelGrid, project
 from aiba_hooks import Lattice, LatticeMismatch
-from aiba_plugins.mel import slaney_edges
+from aiba_hooks import mel_edges
 
 ORDERS = {
     "time-major": (("time", "frequency"), False),
@@ -38,7 +38,7 @@ def test_a_tone_lands_in_the_right_rows(order, hertz, prefix):
     axes, descending = ORDERS[order]
     mel = log_mel(hertz)
     latent = mel.reshape(64, 4, 16, 4).mean((1, 3))  # a VAE's reduction by 4: [time 64, frequency 16]
-    edges = slaney_edges(64, 0, 8000)[::4]
+    edges = mel_edges(64, 0, 8000)[::4]
     raster = latent[:, ::-1] if descending else latent
     raster = raster if axes[0] == "time" else raster.T
     tokens = np.concatenate([np.full(prefix, 99.0), raster.ravel()])
@@ -90,7 +90,7 @@ def test_a_one_dimensional_lattice_has_no_frequency():
 
 @pytest.mark.parametrize(("latent", "tokens", "shape"), [((200, 16), 800, (100, 8)), ((63, 16), 256, (32, 8))])
 def test_levels_halve_and_round_up(latent, tokens, shape):
-    edges = slaney_edges(64, 0, 8000)[::4]
+    edges = mel_edges(64, 0, 8000)[::4]
     lattice = Lattice.of_level(tokens, latent, seconds_per_column=0.04, frequency_edges=edges)
     assert lattice.shape == shape
     assert lattice.seconds_per_column == pytest.approx(0.08)

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from aiba_hooks import Backbone, Conditioning, Lattice, SiteCall, TokenStream, hookimpl
-from aiba_plugins.mel import slaney_edges
+from aiba_hooks import Backbone, Conditioning, Lattice, SiteCall, TokenStream, hookimpl, mel_edges
 
 
 class AudioLDM2(Backbone):
@@ -74,7 +73,7 @@ class AudioLDM2(Backbone):
         hop = float(np.prod(vocoder.upsample_rates)) / vocoder.sampling_rate
         scale = site.target.vae_scale_factor
         bands = int(vocoder.model_in_dim)
-        edges = slaney_edges(bands, 0.0, self.fmax)[:: bands // width]
+        edges = mel_edges(bands, 0.0, self.fmax)[:: bands // width]
         return Lattice.of_level(site.queries, (height, width), seconds_per_column=hop * scale, frequency_edges=edges)
 
 

@@ -40,7 +40,8 @@ def time_lattice(
 def scheduler_sigma(scheduler: Any) -> Any:
     """Noise level of the forward that is about to run, by the scheduler's own count of steps; None where it has none.
 
-    A scheduler counts from its first ``scale_model_input`` or ``step`` on; before that it stands at its first step.
+    A scheduler counts from its first ``scale_model_input`` or ``step`` on; before that it stands at its first step. With
+    ``invert_sigmas`` a flow-matching scheduler holds the share of the signal instead.
     """
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
@@ -48,4 +49,4 @@ def scheduler_sigma(scheduler: Any) -> Any:
     index = getattr(scheduler, "step_index", None)
     if index is None:
         index = getattr(scheduler, "begin_index", None) or 0
-    return sigmas[index]
+    return 1 - sigmas[index] if scheduler.config.get("invert_sigmas") else sigmas[index]

@@ -9,7 +9,7 @@ forward holds the unconditional rows first; without a negative prompt all their 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aiba_hooks import Backbone, Conditioning, Lattice, SiteCall, TokenStream, hookimpl
@@ -28,8 +28,9 @@ class StableAudio(Backbone):
     def matches(self, target: Any) -> bool:
         return any(cls.__name__ == "StableAudioPipeline" for cls in type(target).__mro__)
 
-    def conditioning_from(self, target: Any, method: str, calls: Mapping[str, MethodCall]) -> Conditioning:
-        encoded, timed = calls["encode_prompt"], calls["encode_duration"].arguments
+    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning:
+        last = {call.name: call for call in calls}
+        encoded, timed = last["encode_prompt"], last["encode_duration"].arguments
         prompt = encoded.arguments["prompt"]
         if prompt is None:  # embeddings were given: there is no text to align
             prompts: tuple[str, ...] = ("",) * int(timed["batch_size"])
@@ -43,7 +44,7 @@ class StableAudio(Backbone):
         seconds = TokenStream.opaque("seconds", prompts, 2, role="duration")
         return Conditioning(
             prompts,
-            int(calls[method].arguments["num_waveforms_per_prompt"] or 1),
+            int(calls[-1].arguments["num_waveforms_per_prompt"] or 1),
             bool(encoded.arguments["do_classifier_free_guidance"]),
             (text.join(seconds, argument="encoder_hidden_states"),),
             (float(timed["audio_start_in_s"]), float(timed["audio_end_in_s"])),

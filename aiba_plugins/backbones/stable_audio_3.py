@@ -28,8 +28,9 @@ class StableAudio3(Backbone):
     def matches(self, target: Any) -> bool:
         return any(cls.__name__ == "StableAudio3Pipeline" for cls in type(target).__mro__)
 
-    def conditioning_from(self, target: Any, method: str, calls: Mapping[str, MethodCall]) -> Conditioning:
-        encoded, timed = calls["encode_prompt"], calls["encode_duration"].arguments
+    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning:
+        last = {call.name: call for call in calls}
+        encoded, timed = last["encode_prompt"], last["encode_duration"].arguments
         prompt, length = encoded.arguments["prompt"], int(encoded.result[0].shape[1])
         if encoded.arguments.get("prompt_embeds") is not None:  # there is no text to align
             prompts: tuple[str, ...] = ("",) * int(timed["batch_size"])

@@ -9,7 +9,7 @@ is not 1 and the noise level lies in ``cfg_interval``. The prompt stands in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -31,12 +31,12 @@ class StableAudioTools(Backbone):
         named = any(cls.__name__ == "ConditionedDiffusionModelWrapper" for cls in type(target).__mro__)
         return named and type(getattr(target, "model", None)).__name__ == "DiTWrapper"
 
-    def conditioning_from(self, target: Any, method: str, calls: Mapping[str, MethodCall]) -> Conditioning | None:
-        arguments = calls[method].arguments
+    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning | None:
+        arguments = calls[-1].arguments
         if arguments["negative"]:
             return None
         tensors = arguments["conditioning_tensors"]
-        called = calls.get("conditioner.forward")
+        called = next((call for call in reversed(calls) if call.name == "conditioner.forward"), None)
         rows = len(next(iter(tensors.values()))[0])
         prompts: tuple[str, ...] = ("",) * rows
         parts: list[TokenStream] = []

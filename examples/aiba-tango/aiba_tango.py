@@ -1,26 +1,8 @@
 """An AIBA backbone for Tango (declare-lab/tango): text to audio by a plain diffusers U-Net over AudioLDM's mel latent."""
 
-import numpy as np
-
-from aiba_hooks import Backbone, Conditioning, Lattice, TokenStream, hookimpl
+from aiba_hooks import Backbone, Conditioning, Lattice, TokenStream, hookimpl, mel_edges
 
 SECONDS_PER_COLUMN = 4 * 0.01  # the VAE shrinks both axes of the mel by 4, and the mel's hop is 10 ms
-
-
-def mel_edges(bands, highest=8000.0):
-    """Edges of equal bands on Slaney's mel scale: linear up to 1 kHz, which is mel 15, and logarithmic above.
-
-    Parameters
-    ----------
-    bands : how many
-    highest : upper edge of the last band in hertz; the first begins at 0
-
-    Returns
-    -------
-    array of ``bands + 1`` edges in hertz, ascending
-    """
-    mel = np.linspace(0, 15 + 27 * np.log(highest / 1000) / np.log(6.4), bands + 1)
-    return np.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
 
 class TangoBackbone(Backbone):
@@ -42,7 +24,7 @@ class TangoBackbone(Backbone):
         argument = "encoder_hidden_states"  # of the U-Net: sites that read it attend to the text
         stream = TokenStream.from_tokenizer("t5", target.tokenizer, prompts, argument=argument, **options)
         guided = "num_samples_per_prompt" in arguments  # only encode_text_classifier_free has it
-        waveforms = arguments["num_samples_per_prompt"] if guided else 1
+        waveforms = arguments.get("num_samples_per_prompt")  # encode_text is not told: the batch will say
         return Conditioning(prompts=prompts, waveforms=waveforms, guided=guided, streams=(stream,))
 
     def sigma(self, target, timestep):
@@ -51,7 +33,7 @@ class TangoBackbone(Backbone):
 
     def lattice(self, site):
         columns, bands = site.arguments["sample"].shape[-2:]
-        latent = {"seconds_per_column": SECONDS_PER_COLUMN, "frequency_edges": mel_edges(bands)}
+        latent = {"seconds_per_column": SECONDS_PER_COLUMN, "frequency_edges": mel_edges(bands, 0, 8000)}
         return Lattice.of_level(site.queries, (columns, bands), **latent)
 
 
