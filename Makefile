@@ -4,13 +4,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-sat lint setup clean
 
 demo: $(STAMP)
 	$(BIN)/aiba demo
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
+
+# stable-audio-tools pins versions of its own, and torchaudio breaks other imports on CPU torch: an environment that lies
+# over .venv and adds them, installed without their dependencies
+SAT := .venv-sat
+test-sat: $(SAT)/.installed
+	$(SAT)/bin/python -m pytest tests/sat
+
+$(SAT)/.installed: $(STAMP) constraints-sat.txt
+	test -x $(SAT)/bin/python || $(BIN)/python -m venv $(SAT)
+	base=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$($(SAT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$base')" > $$own/base.pth
+	$(SAT)/bin/python -m pip install --quiet --no-deps --requirement constraints-sat.txt
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -28,4 +42,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(SAT) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist *.egg-info

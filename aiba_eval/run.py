@@ -246,10 +246,34 @@ def generate(
     aiba_hooks.AibaError
         As :func:`aiba_hooks.capture`.
     """
-    import torch
-
     from aiba_hooks import capture
 
+    arguments = arguments_for(pipeline, steps=steps, guidance=guidance, negative=negative, duration=duration)
+    with capture(pipeline, words=words, layers=layers, heads=heads, budget=budget) as captured:
+        audio = call(pipeline, prompt, arguments, seed=seed, progress=progress)
+    if not np.isfinite(audio).all():
+        raise CannotGenerate(
+            f"{type(pipeline).__name__} returned {int((~np.isfinite(audio)).sum())} NaN or infinite samples of "
+            f"{audio.size}: its dtype may be too narrow for it; try --dtype float32"
+        )
+    return Generation(prompt, audio, sampling_rate(pipeline), captured.maps, arguments)
+
+
+def arguments_for(
+    pipeline: Any,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+    duration: float | None = None,
+) -> dict[str, Any]:
+    """What is asked for, by the names that the pipeline's signature has for it.
+
+    Raises
+    ------
+    CannotGenerate
+        The pipeline has no argument for something asked for.
+    """
     accepted = inspect.signature(type(pipeline).__call__).parameters
     arguments: dict[str, Any] = {}
     asked = (
@@ -267,23 +291,24 @@ def generate(
                 f"{type(pipeline).__name__} has no argument for {option} (none of {', '.join(names)}): leave {option} out"
             )
         arguments[name] = value
-    what = f"generating {_shorten(prompt)!r}"
-    call: dict[str, Any] = {"prompt": prompt, **arguments, **_callback(accepted, what, steps, progress or _quiet)}
+    return arguments
+
+
+def call(
+    pipeline: Any, prompt: str, arguments: Mapping[str, Any], *, seed: int = 0, progress: Progress | None = None
+) -> NDArray[np.float32]:
+    """Call a pipeline with seeded noise; its first audio."""
+    import torch
+
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    steps = arguments.get("num_inference_steps")
+    shown = _callback(accepted, f"generating {_shorten(prompt)!r}", steps, progress or _quiet)
+    given: dict[str, Any] = {"prompt": prompt, **arguments, **shown}
     if "generator" in accepted:
-        call["generator"] = torch.Generator().manual_seed(seed)
-    with (
-        few_threads(pipeline),
-        _seeded(seed),
-        capture(pipeline, words=words, layers=layers, heads=heads, budget=budget) as captured,
-    ):
-        audios = pipeline(**call).audios
-    audio = np.asarray(audios[0].float().cpu() if hasattr(audios[0], "cpu") else audios[0], dtype=np.float32)
-    if not np.isfinite(audio).all():
-        raise CannotGenerate(
-            f"{type(pipeline).__name__} returned {int((~np.isfinite(audio)).sum())} NaN or infinite samples of "
-            f"{audio.size}: its dtype may be too narrow for it; try --dtype float32"
-        )
-    return Generation(prompt, audio, sampling_rate(pipeline), captured.maps, arguments)
+        given["generator"] = torch.Generator().manual_seed(seed)
+    with few_threads(pipeline), _seeded(seed):
+        audios = pipeline(**given).audios
+    return np.asarray(audios[0].float().cpu() if hasattr(audios[0], "cpu") else audios[0], dtype=np.float32)
 
 
 def _callback(accepted: Mapping[str, Any], what: str, steps: int | None, tell: Progress) -> dict[str, Any]:

@@ -115,6 +115,7 @@ class Backbone:
     ranking_method : the method that re-sorts finished audio, if there is one (see ``order``)
     branches : guidance branches in the order in which the denoiser's batch (or its separate passes) holds them
     batched : True if one forward holds all branches along its batch axis, False if each branch is a forward of its own
+    branches_inside : True if the denoiser is given one branch's rows and adds the others itself
     cross_ratio : the paper's length rule: where lengths alone decide, cross only if Tk / Tq is at most this
     """
 
@@ -125,6 +126,7 @@ class Backbone:
     ranking_method: str | None = None
     branches: Sequence[str] = ("unconditional", "conditional")
     batched: bool = True
+    branches_inside: bool = False
     cross_ratio: float | None = None
 
     @property

@@ -134,6 +134,7 @@ class _Store:
     lattice: Any = None
     queries: slice = field(default_factory=lambda: slice(None))  # the latent's own tokens
     segments: Sequence[Segment] | None = None
+    keys: int = 0
     names: list[str] = field(default_factory=list)
     groups: list[dict[str, list[int]]] = field(default_factory=list)
     mode: str = "pooled"  # "pooled", "received", "max" (Eq. 5 of a self site), "full", or "from_text" (joint)
@@ -382,7 +383,8 @@ class Capture:
         conditioning, backbone = run.conditioning, self.backbone
         if conditioning is None or backbone is None or conditioning.waveforms is not None:
             return
-        branches = len(backbone.branches) if conditioning.guided and backbone.batched else 1
+        held = conditioning.guided and backbone.batched and not backbone.branches_inside
+        branches = len(backbone.branches) if held else 1
         per_prompt, rest = divmod(self._batch or 0, branches * len(conditioning.prompts))
         if rest or not per_prompt:
             raise BackboneMismatch(
@@ -581,6 +583,11 @@ class Capture:
         store = self._stores.get(store_key)
         if store is None:
             store = self._stores[store_key] = self._open_store(site, key, call, run)
+        elif store.keys != call.keys and self.backbone is not None and not self.backbone.batched:
+            raise BackboneMismatch(
+                f"{site.label}: {call.keys} keys in the {' and '.join(wanted)} forward, {store.keys} before: a negative prompt of "
+                "another length does not share the prompt's positions. Capture one branch at a time"
+            )
         site.captured, site.reason = True, self._keep
         self._reserve(site, store, call, wanted, rows)
         values, error, sums = self._ask(store, call, rows, run)
@@ -657,7 +664,8 @@ class Capture:
         branches = max(len(self._branch_rows), 1)
         rows = run.conditioning.rows * branches
         fits = batch == rows or (batch % rows == 0 and call.query.shape[1] == 1)
-        if fits and self._batch in (None, rows):
+        given = run.conditioning.rows if self.backbone.branches_inside else rows
+        if fits and self._batch in (None, given):
             return rows
         raise BackboneMismatch(
             f"{site.label}: the denoiser's batch is {self._batch} and the kernel's {batch}, but "
@@ -666,7 +674,7 @@ class Capture:
         )
 
     def _open_store(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> _Store:
-        store = _Store(site, mode=self._keep, segments=self._segments.get(key))
+        store = _Store(site, mode=self._keep, segments=self._segments.get(key), keys=call.keys)
         queries = call.queries
         if store.segments is not None:
             start = 0
@@ -683,6 +691,11 @@ class Capture:
         conditioning = run.conditioning
         if self._keep == "full" or conditioning is None:
             return store
+        if site.name in self._differential.signs and self._nonlinear(site):
+            raise ValueError(
+                f"{site.name}: its attention is a signed sum of calls, and pooling={self._pooling!r} of a sum is not the sum of "
+                "poolings. Use pooling='sum', 'mean' or 'weighted', or keep='full'"
+            )
         if site.tag.kind == "self":
             store.mode = "max" if self._pooling == "max" else "received"
             store.names = ["(max)" if store.mode == "max" else "(received)"]
@@ -695,6 +708,12 @@ class Capture:
         for groups in store.groups:
             selectors.refuse_degenerate(groups, call.keys, self._pooling, site.label)
         return store
+
+    def _nonlinear(self, site: Site) -> bool:
+        """Whether the chosen pooling is no linear function of this site's probabilities."""
+        if site.tag.kind == "self":
+            return self._pooling == "max"  # anything else is the attention received
+        return self._pooling not in selectors.LINEAR
 
     def _groups(
         self, site: Site, layout: Sequence[Segment], row: int, requests: Sequence[str], conditioning: Conditioning
@@ -710,7 +729,8 @@ class Capture:
                 length = streams[segment.stream].length if segment.stream in streams else 0
                 raise BackboneMismatch(
                     f"{site.label}: stream {segment.stream!r} has {length} tokens, but the kernel saw {segment.length} keys; "
-                    f"the backbone {self.backbone and self.backbone.name!r} tokenises differently from the pipeline"
+                    f"the backbone {self.backbone and self.backbone.name!r} tokenises differently from the pipeline, "
+                    "or the keys are those of a negative prompt of another length (then capture branch='conditional')"
                 )
             else:
                 found = streams[segment.stream].groups(row, requests)
@@ -987,7 +1007,7 @@ def _one_of(name: str, value: Any, options: Iterable[str]) -> None:
 
 def _batch_of(arguments: Mapping[str, Any]) -> int | None:
     """Batch size of a forward: that of its first tensor with more than two axes, the latent."""
-    tensors = (value for value in arguments.values() if isinstance(value, Tensor) and value.ndim > 2)
+    tensors = (v for v in arguments.values() if isinstance(v, Tensor) and not v.is_nested and v.ndim > 2)
     first = next(tensors, None)
     return None if first is None else int(first.shape[0])
 

@@ -271,7 +271,10 @@ def _values(store: _Store, branch: str, reduced: bool) -> np.ndarray:
     if reduced:
         weight = store.weight[branch]
         return _numpy(store.sums[branch] / weight if weight else store.sums[branch])
-    return np.stack([_numpy(store.values[step, branch]) for step in sorted(store.seen)])
+    parts = {step: _numpy(part) for (step, of), part in store.values.items() if of == branch}
+    # guidance may be limited to some of the steps: the others have no such branch
+    missing = np.full_like(next(iter(parts.values())), np.nan)
+    return np.stack([parts.get(step, missing) for step in sorted(store.seen)])
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

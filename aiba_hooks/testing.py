@@ -255,8 +255,8 @@ def check_backbone(
     """
     _require(backbone.matches(target), f"{backbone!r} does not recognise {type(target).__name__}")
     denoiser = backbone.denoiser(target)
-    hooks = _hooks(target, denoiser)
     plain = generate(prompt)
+    hooks = _hooks(target, denoiser)  # after a call: pipelines set attributes of their own
     with capture(target, words=list(words), backbone=backbone) as cap:
         output = generate(prompt)
     _require(_equal_outputs(plain, output), f"{backbone!r}: the output changed under capture")

@@ -230,7 +230,7 @@ def _align(prompt: str, spans: Sequence[tuple[int, int]]) -> Iterator[int | str 
         overlapping = [i for i, (_, a, b) in enumerate(words) if a < stop and start < b]
         if overlapping:
             yield overlapping[0]
-        elif prompt[start:stop].isspace():
+        elif prompt[start:stop].isspace() and "\n" not in prompt[start:stop]:
             # a lone word-boundary piece ("▁" before a word that the vocabulary spells in letters) belongs to that word
             yield next((i for i, (_, a, _) in enumerate(words) if a == stop), None)
         else:

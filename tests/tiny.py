@@ -153,6 +153,7 @@ def stable_audio_3(differential=True, *, patch=1, memory=3, length=24):
         )
         text = T5GemmaEncoderModel(T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False))
         duration = StableAudio3DurationEmbedder(output_dim=16, fourier_dim=16)
+        draw_zeros(vae)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0, stochastic_sampling=False)
     return finished(
         StableAudio3Pipeline(
@@ -241,7 +242,7 @@ def longcat():
             vae=LongCatAudioDiTVae(
                 in_channels=1,
                 channels=16,
-                c_mults=[1, 2],
+                c_mults=[1],
                 strides=[2],
                 latent_dim=8,
                 encoder_latent_dim=16,

@@ -142,6 +142,56 @@ def run(
 
 
 @app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="A registered model, a folder with a model_index.json, or a hub id.")],
+    prompt: Annotated[str, typer.Option(help="Text to generate from.")],
+    other: Annotated[
+        str | None, typer.Option(help="Another prompt, generated with the same seed: do the maps depend on the prompt?")
+    ] = None,
+    word: Annotated[
+        list[str] | None, typer.Option(help="A word or phrase of the prompt; repeat for more. Default: every word.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
+    seed: Seed = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoiser steps.")] = 10,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Guidance scale; 1 or less is without.")] = 2.5,
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds of audio.")] = 8.0,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Look at sites whose name matches this pattern; repeat for more.")
+    ] = None,
+    heads: Annotated[Heads, typer.Option(help="Average the heads, or look at each.")] = Heads.mean,
+    budget: Annotated[str, typer.Option(help="Largest size of the maps kept in memory, such as 500MB.")] = "2GiB",
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: Json = False,
+) -> None:
+    """Generate under capture and say what is the matter with the maps. Writes nothing."""
+    report = Report(json)
+    with expected_errors(report):
+        from aiba_eval.diagnostics import diagnose_model
+
+        with report.progress() as progress:
+            result = diagnose_model(
+                model,
+                prompt,
+                other=other,
+                words=word or None,
+                negative=negative,
+                seed=seed,
+                steps=steps,
+                guidance=guidance,
+                duration=duration,
+                layers=layers or "*",
+                heads=heads.value,
+                budget=budget,
+                device=device,
+                dtype=dtype.value,
+                progress=progress,
+            )
+        report.diagnosis(result)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo's is replaced.")] = Path("aiba-demo"),
     model: Annotated[

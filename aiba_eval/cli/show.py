@@ -18,6 +18,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from aiba_eval.demo import DemoResult
+    from aiba_eval.diagnostics import Diagnosis
     from aiba_eval.run import RunResult
 
 Progress = Callable[[str, int, int | None], None]
@@ -118,6 +119,19 @@ class Report:
         if result.scores:
             self.out.print(_run_table(result.scores))
         self._close(result)
+
+    def diagnosis(self, result: Diagnosis) -> None:
+        """`aiba diagnose`."""
+        if self.json:
+            self.document(result.as_dict())
+            return
+        if result.sites:
+            self.out.print(_sites_table(result))
+        for finding in result.findings:
+            self.say(f"{finding.severity}: {finding.name}")
+            self.say(f"  {finding.sentence}")
+        for name, reason in result.not_checked.items():
+            self.say(f"not checked: {name}\n  {reason}")
 
     def demo(self, result: DemoResult) -> None:
         """`aiba demo`."""
@@ -249,6 +263,27 @@ def _run_table(rows: Sequence[Row]) -> Table:
         mask = f"{row['mask'].removeprefix('band:')} {row['low_hz']:g}–{row['high_hz']:g} Hz"
         numbers = [row["mask_area"], row["value"], *(row[name] for name in beside), profile]
         table.add_row(escape(row["word"]), mask, *map(_number, numbers))
+    return table
+
+
+def _sites_table(result: Diagnosis) -> Table:
+    table = _table("Sites with maps")
+    table.add_column("site", overflow="fold")
+    table.add_column("lattice", no_wrap=True)
+    for heading in ("entropy", "padding", "special", "over time", "over freq.", "between words"):
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+    for site in result.sites:
+        numbers = (
+            site.entropy,
+            site.padding_mass,
+            site.special_mass,
+            site.time_variation,
+            site.frequency_variation,
+            site.word_difference,
+        )
+        branch = " (unconditional)" if site.branch == "unconditional" else ""
+        lattice = " × ".join(map(str, site.lattice)) or "–"
+        table.add_row(escape((site.name or "(the module itself)") + branch), lattice, *map(_number, numbers))
     return table
 
 

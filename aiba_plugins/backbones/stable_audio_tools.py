@@ -4,7 +4,8 @@ From ``stable_audio_tools/models/dit.py``, ``models/diffusion.py`` and ``inferen
 [B, C, time], ``pretransform.downsampling_ratio`` samples to a column, all of it returned; tokens before the columns are the
 global, memory and prepended ones. The keys are the conditioners of ``cross_attn_cond_ids`` one after the other, text padded
 to its maximum; masks are not passed on. The DiT itself doubles the batch, **[conditional, unconditional]**, where ``cfg_scale``
-is not 1 and the noise level lies in ``cfg_interval``. The prompt stands in the metadata that the conditioner is given."""
+is not 1 and the noise level lies in ``cfg_interval``. With ``differential`` a layer subtracts a second attention from its first
+(``models/transformer.py``). The prompt stands in the metadata that the conditioner is given."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ class StableAudioTools(Backbone):
     prompt_method = "get_conditioning_inputs"
     observed_methods = ("conditioner.forward",)
     branches = ("conditional", "unconditional")
+    branches_inside = True
 
     def matches(self, target: Any) -> bool:
         named = any(cls.__name__ == "ConditionedDiffusionModelWrapper" for cls in type(target).__mro__)
@@ -75,6 +77,9 @@ class StableAudioTools(Backbone):
         """Time t in 0..1; the noise level is tan(πt/2) for the v objective (α = cos, σ = sin), t for rectified flow."""
         time = arguments["t"]
         return Step(time, (time.float() * math.pi / 2).tan() if target.diffusion_objective == "v" else time)
+
+    def signs(self, site: SiteCall) -> Sequence[float] | None:
+        return (1.0, -1.0) if getattr(site.module, "differential", False) else None
 
     def lattice(self, site: SiteCall) -> Lattice:
         target = site.target
