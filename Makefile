@@ -34,7 +34,7 @@ lint: $(STAMP)
 
 setup: $(STAMP)
 
-# constraints.txt pins torch to the tested CPU build: an open range would pull several GB of CUDA packages
+# constraints.txt pins the tested set: an open torch range could pull several GB of CUDA packages
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"

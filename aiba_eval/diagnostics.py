@@ -486,8 +486,8 @@ def _rows(name: str, array: DataArray, keys: int | None) -> Iterator[_Rows]:
             labels, roles = _columns(array, column, p)
             there = ~np.isnan(values).all(axis=(0, 1, 3, 4))
             values = values[:, :, there]
-            labels = tuple(x for x, held in zip(labels, there, strict=True) if held)
-            roles = tuple(x for x, held in zip(roles, there, strict=True) if held)
+            labels = [x for x, held in zip(labels, there, strict=True) if held]
+            roles = [x for x, held in zip(roles, there, strict=True) if held]
             missing = np.isnan(values).all(axis=(1, 2, 3, 4))  # a step that this pipeline call did not have
             values = values[~missing]
             if not values.size:
@@ -507,8 +507,8 @@ def _rows(name: str, array: DataArray, keys: int | None) -> Iterator[_Rows]:
                 signed=any(sign < 0 for sign in attributes.get("signs", ())),
                 on_lattice=not plain,
                 seconds=float(attributes.get("seconds_per_column", math.nan)),
-                labels=labels,
-                roles=roles,
+                labels=tuple(labels),
+                roles=tuple(roles),
                 values=values,
                 has_frequency=has_frequency,
             )
@@ -1027,7 +1027,7 @@ def _unconditional(report: _Report, subject: _Subject) -> None:
     if constant:
         report.add(
             name,
-            "problem",
+            "warning",
             f"the unconditional branch's attention is constant at {_sites(len(sites))} ({', '.join(sorted(shapes))}): an empty "
             "prompt leaves nothing to choose from. Averaging it into the conditional maps dilutes them by half",
             numbers,
@@ -1127,8 +1127,8 @@ def _localising(report: _Report, text: Sequence[_Rows]) -> None:
     report.add(
         "localising-sites",
         "info",
-        f"{'; '.join(label.values())}{beyond} have maps that vary: at the first by {variation:.2g} of their mean{between}. Take "
-        "these sites first (layers=)",
+        f"{'; '.join(label.values())}{beyond} have maps that vary: at the first by {variation:.2g} of their mean{between}. "
+        "Whether they lie where the sound is, a score tells; these sites are the first to look at (layers=)",
         {"variation": variation, "difference": difference, "count": len(ranked)},
         LOCALISING_VARIATION,
         [key[0] for key in named],

@@ -597,7 +597,7 @@ class Capture:
         if store.mode != "received":
             values = values[..., store.queries, :]
         self._put(store, values, wanted, run)
-        if store.segments is not None and store.mode == "pooled":
+        if store.segments is not None and store.mode == "pooled" and call.queries == call.keys:
             beside = self._from_text.setdefault(store_key, self._open_from_text(store))
             self._reserve(site, beside, call, wanted, rows)
             self._put(beside, self._ask_from_text(beside, call, rows, run), wanted, run)
@@ -733,7 +733,8 @@ class Capture:
                     "or the keys are those of a negative prompt of another length (then capture branch='conditional')"
                 )
             else:
-                found = streams[segment.stream].groups(row, requests)
+                stream = streams[segment.stream]
+                found = stream.groups(row, requests if stream.has_words else ())
             for name, positions in found.items():
                 merged.setdefault(name, []).extend(start + position for position in positions)
             start += segment.length

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import xarray as xr
 
+from aiba_hooks.backbone import Segment
+
 if TYPE_CHECKING:
     from aiba_hooks.capturing import Capture, _Run, _Store
 
@@ -346,16 +348,28 @@ def _blank_missing(array: xr.DataArray, run: _Run, store: _Store) -> xr.DataArra
 
 
 def _key_coords(run: _Run, store: _Store, keys: int) -> dict[str, Any]:
-    """Token texts and roles along ``key``, per prompt, where the stream is known."""
+    """Token texts and roles along ``key``, per prompt, where the streams are known."""
     coords: dict[str, Any] = {"key": np.arange(keys)}
     assert run.conditioning is not None
-    stream = next((s for s in run.conditioning.streams if s.name == store.site.stream and s.length == keys), None)
-    if stream is not None:
-        rows = run.conditioning.spread(range(len(stream.prompts)))
-        if run.order is not None:
-            rows = [rows[row] for row in run.order]
-        coords["token"] = (("prompt", "key"), np.array([stream.tokens[row] for row in rows], dtype=str))
-        coords["role"] = (("prompt", "key"), np.array([stream.roles[row] for row in rows], dtype=str))
+    streams = {stream.name: stream for stream in run.conditioning.streams}
+    layout = store.segments or [Segment(keys, store.site.stream or "")]
+    if any(s.stream is not None and (s.stream not in streams or streams[s.stream].length != s.length) for s in layout):
+        return coords
+    rows = run.conditioning.spread(range(len(run.conditioning.prompts)))
+    if run.order is not None:
+        rows = [rows[row] for row in run.order]
+    tokens: list[list[str]] = [[] for _ in rows]
+    roles: list[list[str]] = [[] for _ in rows]
+    for segment in layout:
+        for i, row in enumerate(rows):
+            if segment.stream is None:
+                tokens[i] += [f"audio {position}" for position in range(segment.length)]
+                roles[i] += ["audio"] * segment.length
+            else:
+                tokens[i] += streams[segment.stream].tokens[row]
+                roles[i] += streams[segment.stream].roles[row]
+    coords["token"] = (("prompt", "key"), np.array(tokens, dtype=str))
+    coords["role"] = (("prompt", "key"), np.array(roles, dtype=str))
     return coords
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("quick", max_examples=40, derandomize=True, **_COMMON)
+settings.register_profile("quick", max_examples=100, derandomize=True, **_COMMON)
 settings.register_profile("full", max_examples=500, **_COMMON)
 settings.load_profile("quick")
 

@@ -164,6 +164,7 @@ def test_word_maps_are_the_audio_to_text_block_and_from_text_the_other(flux, mon
             if word != "(audio)":
                 of_text = softmax[:, :, keys, 13:].mean(2)
                 np.testing.assert_allclose(back.sel(word=word).transpose("branch", "head", "time"), of_text, atol=1e-6)
+        assert list(full.maps[name].role.values[0]) == ["word"] * 4 + ["special"] + ["padding"] * 7 + ["duration"] + ["audio"] * 20
         whole = full.maps[name].isel(prompt=0, step=0).transpose("branch", "head", "time", "key")
         np.testing.assert_allclose(whole, softmax[:, :, 13:], atol=1e-6)
 

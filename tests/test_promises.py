@@ -265,6 +265,40 @@ def test_threads_see_only_their_own_calls(count):
         assert float(array.std("call").max()) < 1e-6
 
 
+def test_two_pipelines_in_two_threads_each_see_only_their_own_calls(pipe):
+    from aiba_plugins.demo.random_audioldm2 import build
+
+    other = build(seed=1)
+    other.set_progress_bar_config(disable=True)
+    jobs = [(pipe, "a bass and drums", "bass"), (other, "soft piano with guitar", "piano")]
+
+    def run(target, prompt, word):
+        with capture(target, words=[word]) as cap:
+            audio = generate(target, prompt, steps=3, seconds=1.28)
+        return audio, cap.maps
+
+    alone = [run(*job) for job in jobs]
+    barrier, together, errors = threading.Barrier(2), [None, None], []
+
+    def work(i):
+        try:
+            barrier.wait()
+            together[i] = run(*jobs[i])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for (audio, maps), (expected_audio, expected_maps) in zip(together, alone, strict=True):
+        assert np.array_equal(audio, expected_audio)
+        assert list(maps) == list(expected_maps)
+        assert all(maps[site].identical(expected_maps[site]) for site in maps)
+
+
 def test_one_module_shared_by_threads_gives_each_capture_its_own_calls():
     module = Attention().eval()
     contexts = [torch.randn(1, 5, 32) for _ in range(2)]

@@ -267,24 +267,39 @@ def _run_table(rows: Sequence[Row]) -> Table:
 
 
 def _sites_table(result: Diagnosis) -> Table:
-    table = _table("Sites with maps")
+    """The conditional maps, one site per row; what all names end in is said once, in the title."""
+    shown = [site for site in result.sites if site.branch != "unconditional"] or list(result.sites)
+    ending = _common_ending([site.name for site in shown])
+    table = _table(f"Sites with maps (… stands for {ending})" if ending else "Sites with maps")
     table.add_column("site", overflow="fold")
     table.add_column("lattice", no_wrap=True)
-    for heading in ("entropy", "padding", "special", "over time", "over freq.", "between words"):
+    for heading in ("entropy", "padding", "special", "over time", "over frequency", "between words"):
         table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
-    for site in result.sites:
+    for site in shown:
+        name = f"{site.name.removesuffix(ending)}…" if ending else site.name or "(the module itself)"
         numbers = (
-            site.entropy,
             site.padding_mass,
             site.special_mass,
             site.time_variation,
             site.frequency_variation,
             site.word_difference,
         )
-        branch = " (unconditional)" if site.branch == "unconditional" else ""
         lattice = " × ".join(map(str, site.lattice)) or "–"
-        table.add_row(escape((site.name or "(the module itself)") + branch), lattice, *map(_number, numbers))
+        entropy = f"{site.entropy:.3f}" if math.isfinite(site.entropy) else "–"
+        table.add_row(escape(name), lattice, entropy, *map(_number, numbers))
     return table
+
+
+def _common_ending(names: Sequence[str]) -> str:
+    """The longest run of dotted parts, with its dot, that several names end in."""
+    if len(names) < 2:
+        return ""
+    shared: list[str] = []
+    for parts in zip(*(reversed(name.split(".")[1:]) for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.insert(0, parts[0])
+    return "".join(f".{part}" for part in shared)
 
 
 def _demo_table(summary: Sequence[Row]) -> Table:
