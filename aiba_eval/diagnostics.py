@@ -427,7 +427,7 @@ def _read(given: Any) -> _Subject:
     sites, uncovered, broken = None, [], False
     if isinstance(given, Mapping):
         maps: Mapping[str, DataArray] = given
-    elif hasattr(given, "sites") and hasattr(given, "maps"):
+    elif hasattr(given, "sites") and hasattr(given, "uncovered"):
         sites, uncovered = list(given.sites), list(given.uncovered)
         if not getattr(given, "_closed", True):
             raise RuntimeError("the capture has not ended: diagnose it after its with block")

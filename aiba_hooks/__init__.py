@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from aiba_hooks.specs import hookimpl, hookspec
 
 if TYPE_CHECKING:
-    from aiba_hooks.backbone import Backbone, Conditioning, SiteCall, Step
+    from aiba_hooks.backbone import Backbone, Conditioning, MethodCall, Segment, SiteCall, Step
     from aiba_hooks.calls import AttentionCall
     from aiba_hooks.capturing import Capture, capture
     from aiba_hooks.errors import (
@@ -47,8 +47,10 @@ _HOME = {
     "Kernel": "kernel",
     "Lattice": "lattice",
     "LatticeMismatch": "errors",
+    "MethodCall": "backbone",
     "Model": "models",
     "NothingCaptured": "errors",
+    "Segment": "backbone",
     "Site": "sites",
     "SiteCall": "backbone",
     "Step": "backbone",
@@ -77,8 +79,10 @@ __all__ = [
     "Kernel",
     "Lattice",
     "LatticeMismatch",
+    "MethodCall",
     "Model",
     "NothingCaptured",
+    "Segment",
     "Site",
     "SiteCall",
     "Step",

@@ -85,7 +85,7 @@ def causes(probabilities: np.ndarray, seconds: float = 8.0) -> list[Cause]:
     words = conditional[:, :WORDS].sum(1)
     return [
         Cause("mean over all keys", "variation over queries (without: one word)", variation(recipe.mean), variation(word)),
-        Cause("mean over all keys, log", "variation over queries (without: one word)", variation(recipe.log_mean), variation(word)),
+        Cause("mean over all keys, log", "deviation over queries (without: log of one word)", float(np.std(recipe.log_mean)), float(np.std(np.log(word)))),
         Cause("unconditional half", "variation of that half (without: the other)", variation(unconditional[1:, 0]), variation(word)),
         Cause("both halves averaged", "variation of a word's map (without: half of it)", variation(both), variation(word)),
         Cause("padding not masked", "share of the attention on padding", float(conditional[:, padding].sum(1).mean()), 0.0),
@@ -113,10 +113,10 @@ def main(arguments: list[str] | None = None) -> list[Cause]:
     probabilities = attention(options.seed)
     rows = causes(probabilities, options.seconds)
     print(table(rows))
-    recipe = paper_recipe(probabilities[1])
+    recipe, coarse = paper_recipe(probabilities[1]), paper_recipe(np.full((50, 77), 1 / 77))
     print(
         f"\nThe length rule takes {KEYS} keys for {COLUMNS + 1} queries as cross-attention: {recipe.taken}. It would take "
-        f"a 77-token prompt at a coarse level of 50 queries: {77 <= 0.5 * 50}, though that is cross-attention too."
+        f"77 keys at a coarse level of 50 queries: {coarse.taken}, though that is cross-attention too."
     )
     return rows
 

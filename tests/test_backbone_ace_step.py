@@ -76,7 +76,10 @@ def test_every_key_has_the_group_of_what_it_was_packed_from(pipe):
     for row in range(2):
         roles = np.array(stream.roles[row])
         assert [role == "padding" for role in roles] == [not valid for valid in mask[row].tolist()]
-        valid = {"lyrics": seen["inputs"]["lyric_attention_mask"][row], "text": seen["inputs"]["text_attention_mask"][row]}
+        valid = {
+            "lyrics": seen["inputs"]["lyric_attention_mask"][row],
+            "text": seen["inputs"]["text_attention_mask"][row],
+        }
         lyrics, text = seen["lyrics"][row][valid["lyrics"]], seen["text"][row][valid["text"]]
         torch.testing.assert_close(packed[row][torch.from_numpy(roles == "lyrics")], lyrics)
         torch.testing.assert_close(packed[row][torch.from_numpy(roles == "timbre")], seen["timbre"][row])

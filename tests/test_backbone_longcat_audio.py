@@ -68,7 +68,9 @@ def test_two_forwards_are_one_step(pipe):
     assert len(forwards) == 6
     assert array.sizes["step"] == 3
     np.testing.assert_allclose(array.timestep, [0, 1 / 3, 2 / 3], atol=1e-6)
-    np.testing.assert_allclose(array.sigma, [1, 2 / 3, 1 / 3], atol=1e-6)  # this scheduler's sigmas are the signal's share
+    np.testing.assert_allclose(
+        array.sigma, [1, 2 / 3, 1 / 3], atol=1e-6
+    )  # this scheduler's sigmas are the signal's share
     with capture(pipe, steps=[1]) as one:
         run(pipe, steps=3)
     np.testing.assert_array_equal(one.maps[CROSS].isel(step=0), array.sel(branch="conditional").isel(step=1))
@@ -114,9 +116,15 @@ def test_a_negative_prompt_is_not_the_prompt(pipe):
     with capture(pipe, words=["bass"]) as cap:
         run(pipe, **longer)
     assert cap.maps[CROSS].sizes["step"] == 2
-    with pytest.raises(BackboneMismatch, match="9 keys|7 keys in the unconditional forward, 5 before"), capture(pipe, branch="both"):
+    with (
+        pytest.raises(BackboneMismatch, match="9 keys|7 keys in the unconditional forward, 5 before"),
+        capture(pipe, branch="both"),
+    ):
         run(pipe, **longer)
-    with pytest.raises(BackboneMismatch, match="negative prompt of another length"), capture(pipe, branch="unconditional"):
+    with (
+        pytest.raises(BackboneMismatch, match="negative prompt of another length"),
+        capture(pipe, branch="unconditional"),
+    ):
         run(pipe, **longer)
     with capture(pipe, branch="unconditional", keep="full") as cap:
         run(pipe, **longer)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aiba_hooks import DegeneratePooling, NothingCaptured, UnknownWord, capture, intervene
+from aiba_hooks import BackboneMismatch, DegeneratePooling, NothingCaptured, UnknownWord, capture, intervene
 from aiba_hooks.testing import check_backbone
 from aiba_plugins.backbones.latents import time_lattice
 from aiba_plugins.backbones.stable_audio import StableAudio
@@ -133,7 +133,13 @@ def test_the_window_is_cropped_as_the_audio_is(pipe):
 
 @pytest.mark.parametrize(
     ("window", "first", "columns"),
-    [((0, 8.0), 0.5, 172), ((0, 0.01), 0.5, 1), ((0, 99.0), 0.5, 1024), ((40.0, 47.5), 861.5, 162), ((47.53, 47.55), 1023.5, 1)],
+    [
+        ((0, 8.0), 0.5, 172),
+        ((0, 0.01), 0.5, 1),
+        ((0, 99.0), 0.5, 1024),
+        ((40.0, 47.5), 861.5, 162),
+        ((47.53, 47.55), 1023.5, 1),
+    ],
 )
 def test_columns_of_a_window(window, first, columns):
     rate = 44100 / 2048
@@ -175,7 +181,10 @@ def test_several_prompts_and_waveforms_each_have_their_own_row(pipe, negative):
     for row in range(6):
         with capture(pipe, steps=[0]) as alone:
             generate(
-                pipe, prompts[row // 2], latents=latents[row : row + 1].clone(), negative_prompt=negative and negative[0]
+                pipe,
+                prompts[row // 2],
+                latents=latents[row : row + 1].clone(),
+                negative_prompt=negative and negative[0],
             )
         expected, part = alone.maps[CROSS].isel(prompt=0), array.isel(prompt=row)
         for word in array.word.values:
@@ -234,8 +243,6 @@ def test_prompts_given_as_embeddings_have_no_words(pipe):
 
 
 def test_a_denoiser_run_before_the_prompt_is_refused(pipe):
-    from aiba_hooks.errors import BackboneMismatch
-
     arguments = {}
     handle = pipe.transformer.register_forward_pre_hook(lambda m, a, k: arguments.update(a=a, k=k), with_kwargs=True)
     generate(pipe, "a bass", steps=1)

@@ -105,7 +105,10 @@ class Three(StableAudio3):
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        (Swapped, r"_attn: its output projection reads something else than the sum of its calls with signs \(1.0, 1.0\)"),
+        (
+            Swapped,
+            r"_attn: its output projection reads something else than the sum of its calls with signs \(1.0, 1.0\)",
+        ),
         (Factor, r"signs \(1.0, -0.8\): off by"),
         (Three, r"signs \(1.0, -1.0, 1.0\) are declared, but no projection .* \(2 calls waiting\)"),
     ],
@@ -137,7 +140,10 @@ def test_pads_are_one_learned_key_that_nothing_masks(pipe):
     ("options", "columns"),
     [
         ({"duration": 6.0}, 24),
-        ({"duration": 2.6}, 10),  # 11 columns are generated; the last would begin within the audio, its centre lies after it
+        (
+            {"duration": 2.6},
+            10,
+        ),  # 11 columns are generated; the last would begin within the audio, its centre lies after it
         ({"duration": 2.0, "silence_padding_duration": 1.0}, 8),
     ],
 )

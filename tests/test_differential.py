@@ -54,9 +54,7 @@ class Denoiser(nn.Module):
 
 def pipeline(**options):
     torch.manual_seed(0)
-    return SimpleNamespace(
-        transformer=Denoiser(**options), tokenizer=t5_tokenizer(12), encode_prompt=lambda: None
-    )
+    return SimpleNamespace(transformer=Denoiser(**options), tokenizer=t5_tokenizer(12), encode_prompt=lambda: None)
 
 
 class Signed(Backbone):
@@ -80,7 +78,9 @@ def run(pipe, seeds=(0,), steps=2):
             pipe.encode_prompt()
             generator = torch.Generator().manual_seed(seed)
             for _ in range(steps):
-                pipe.transformer(torch.randn(1, 10, 16, generator=generator), torch.randn(1, 12, 16, generator=generator))
+                pipe.transformer(
+                    torch.randn(1, 10, 16, generator=generator), torch.randn(1, 12, 16, generator=generator)
+                )
 
 
 def declaring(*signs):
@@ -104,7 +104,9 @@ def test_the_map_of_a_site_is_the_signed_sum_of_its_calls(weights):
     assert signed.attrs["signs"] == list(weights)
 
 
-@pytest.mark.parametrize("options", [{"reduce_steps": "uniform"}, {"keep": "full"}, {"pooling": "mean", "words": ["bass"]}])
+@pytest.mark.parametrize(
+    "options", [{"reduce_steps": "uniform"}, {"keep": "full"}, {"pooling": "mean", "words": ["bass"]}]
+)
 def test_in_every_linear_form(options):
     pipe = pipeline()
     with capture(pipe, backbone=Signed(), **options) as cap:
@@ -134,7 +136,9 @@ def test_wrong_signs_are_caught(signs):
 )
 def test_a_wrong_number_of_signs_is_caught(signs, weights):
     pipe = pipeline(weights=weights)
-    with pytest.raises(CheckColumnError, match="output projection reads something else|are there as many calls as signs"):
+    with pytest.raises(
+        CheckColumnError, match="output projection reads something else|are there as many calls as signs"
+    ):
         with capture(pipe, backbone=declaring(*signs)):
             run(pipe)
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from aiba_hooks import AttentionMaps, Backbone, Conditioning, Lattice, NothingCaptured, TokenStream, capture
-from aiba_hooks.backbone import Segment
+from aiba_hooks import AttentionMaps, Backbone, Conditioning, Lattice, NothingCaptured, Segment, TokenStream, capture
 from aiba_hooks.errors import LatticeMismatch, UnknownWord
 from aiba_plugins.demo.random_audioldm2 import t5_tokenizer
 from tests.tiny import draw_zeros
@@ -48,7 +47,9 @@ class FluxAudio:
 
     def encode_prompt(self, prompts, guided, num_waveforms_per_prompt=1):
         def embed(texts):
-            ids = self.tokenizer(texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt").input_ids
+            ids = self.tokenizer(
+                texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt"
+            ).input_ids
             return self.embedding(ids).repeat_interleave(num_waveforms_per_prompt, 0)
 
         text = embed(list(prompts))
@@ -164,7 +165,10 @@ def test_word_maps_are_the_audio_to_text_block_and_from_text_the_other(flux, mon
             if word != "(audio)":
                 of_text = softmax[:, :, keys, 13:].mean(2)
                 np.testing.assert_allclose(back.sel(word=word).transpose("branch", "head", "time"), of_text, atol=1e-6)
-        assert list(full.maps[name].role.values[0]) == ["word"] * 4 + ["special"] + ["padding"] * 7 + ["duration"] + ["audio"] * 20
+        assert (
+            list(full.maps[name].role.values[0])
+            == ["word"] * 4 + ["special"] + ["padding"] * 7 + ["duration"] + ["audio"] * 20
+        )
         whole = full.maps[name].isel(prompt=0, step=0).transpose("branch", "head", "time", "key")
         np.testing.assert_allclose(whole, softmax[:, :, 13:], atol=1e-6)
 

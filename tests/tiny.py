@@ -70,9 +70,7 @@ def stable_audio(scheduler="cosine", *, columns=64, strides=(4, 4, 4), rate=4000
 
 def generate(pipe, prompt, *, steps=2, seed=0, **options):
     """Audio of a pipeline call with a fixed seed."""
-    return pipe(
-        prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **options
-    ).audios
+    return pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), **options).audios
 
 
 def fast_tokenizer(max_length=256):

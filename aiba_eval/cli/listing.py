@@ -47,7 +47,11 @@ def list_plugins() -> dict[str, Any]:
             except Exception as error:  # whatever a plugin raises: it is listed as failed, the others are not
                 failures[implementation.plugin_name] = f"{type(error).__name__}: {error}"
                 continue
-            found[implementation.plugin_name][kind] += [_describe(kind, item) for item in offered]
+            # one adapter may read several forms of a function: it is named once
+            held = found[implementation.plugin_name][kind]
+            for item in offered:
+                if _describe(kind, item) not in held:
+                    held.append(_describe(kind, item))
     return {
         "plugins": list(found.values()),
         "failures": [{"name": name, "error": error} for name, error in sorted(failures.items())],

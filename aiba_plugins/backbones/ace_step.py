@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from aiba_hooks import Backbone, Conditioning, Lattice, SiteCall, TokenStream, hookimpl
-from aiba_hooks.backbone import MethodCall, Step
+from aiba_hooks import Backbone, Conditioning, Lattice, MethodCall, SiteCall, Step, TokenStream, hookimpl
 from aiba_hooks.words import split_words
 from aiba_plugins.backbones.latents import scheduler_sigma, time_lattice
 
@@ -87,7 +86,10 @@ def _of_caption(text: TokenStream, prompts: tuple[str, ...]) -> TokenStream:
         own = [word if word is not None and 0 <= word < len(split_words(prompt)) else None for word in own]
         words.append(tuple(own))
         roles.append(
-            tuple("other" if role == "word" and word is None else role for role, word in zip(text.roles[row], own, strict=True))
+            tuple(
+                "other" if role == "word" and word is None else role
+                for role, word in zip(text.roles[row], own, strict=True)
+            )
         )
     return replace(text, prompts=prompts, roles=tuple(roles), words=tuple(words), truncated=())
 
@@ -96,14 +98,19 @@ def _packed(
     prompts: tuple[str, ...], lyric: TokenStream, timbre: int, text: TokenStream, valid: Sequence[int]
 ) -> TokenStream:
     """Lyrics, timbre and text in one stream, each row's pads moved to its end in order (``_pack_sequences``)."""
-    rows = []
+    tokens, roles, words = [], [], []
     for row in range(len(prompts)):
-        sung = [(t, r if r == "padding" else "lyrics", None) for t, r in zip(lyric.tokens[row], lyric.roles[row], strict=True)]
-        told = list(zip(text.tokens[row], text.roles[row], text.words[row], strict=True))
-        voiced = valid[row] - sum(role != "padding" for _, role, _ in (*sung, *told))
-        heard = [(f"timbre {i}", "timbre" if i < voiced else "padding", None) for i in range(timbre)]
-        rows.append(sorted([*sung, *heard, *told], key=lambda entry: entry[1] == "padding"))
-    tokens, roles, words = ([tuple(entry[i] for entry in row) for row in rows] for i in range(3))
+        kinds = ["padding" if role == "padding" else "lyrics" for role in lyric.roles[row]]
+        spoken = [role != "padding" for role in (*kinds, *text.roles[row])]
+        voiced = valid[row] - sum(spoken)
+        kinds += ["timbre" if i < voiced else "padding" for i in range(timbre)]
+        names = [*lyric.tokens[row], *(f"timbre {i}" for i in range(timbre)), *text.tokens[row]]
+        kinds += text.roles[row]
+        own = [*[None] * (lyric.length + timbre), *text.words[row]]
+        order = sorted(range(len(kinds)), key=lambda i: kinds[i] == "padding")  # stable
+        tokens.append(tuple(names[i] for i in order))
+        roles.append(tuple(kinds[i] for i in order))
+        words.append(tuple(own[i] for i in order))
     return TokenStream(
         "conditions", prompts, tuple(tokens), tuple(roles), tuple(words), argument="encoder_hidden_states"
     )

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aiba_hooks import Backbone, Conditioning, Lattice, SiteCall, TokenStream, hookimpl
-from aiba_hooks.backbone import MethodCall, Step
+from aiba_hooks import Backbone, Conditioning, Lattice, MethodCall, SiteCall, Step, TokenStream, hookimpl
 from aiba_plugins.backbones.latents import scheduler_sigma, time_lattice
 
 

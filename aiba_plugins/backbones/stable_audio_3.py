@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aiba_hooks import Backbone, Conditioning, Lattice, SiteCall, TokenStream, hookimpl
-from aiba_hooks.backbone import MethodCall, Step
+from aiba_hooks import Backbone, Conditioning, Lattice, MethodCall, SiteCall, Step, TokenStream, hookimpl
 from aiba_plugins.backbones.latents import scheduler_sigma, time_lattice
 
 
@@ -22,7 +21,9 @@ class StableAudio3(Backbone):
 
     name = "stable-audio-3"
     denoiser_names = ("transformer",)
-    prompt_method = "encode_duration"  # runs between the prompt and the negative prompt, which encode_prompt encodes too
+    prompt_method = (
+        "encode_duration"  # runs between the prompt and the negative prompt, which encode_prompt encodes too
+    )
     observed_methods = ("encode_prompt",)
 
     def matches(self, target: Any) -> bool:

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
-from aiba_hooks import Backbone, Conditioning, Lattice, SiteCall, TokenStream, hookimpl
-from aiba_hooks.backbone import MethodCall, Step
+from aiba_hooks import Backbone, Conditioning, Lattice, MethodCall, SiteCall, Step, TokenStream, hookimpl
 from aiba_plugins.backbones.latents import time_lattice
 
 

@@ -24,7 +24,9 @@ def _torchaudio():
     """Its wheel is built for CUDA: without its compiled extension the rest of it runs on CPU torch."""
     nothing = {"__path__": [], "_check_cuda_version": lambda: None, "fail_if_no_align": lambda function: function}
     utils = _module("torchaudio._extension.utils", _load_lib=lambda *_: False, _init_dll_path=lambda: None)
-    _module("torchaudio._extension", _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, utils=utils, **nothing)
+    _module(
+        "torchaudio._extension", _IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False, utils=utils, **nothing
+    )
     import torchaudio  # noqa: F401
 
 
@@ -61,9 +63,9 @@ def text_encoder(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("t5"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        T5EncoderModel(T5Config(vocab_size=1000, d_model=128, d_ff=64, d_kv=8, num_heads=4, num_layers=1)).save_pretrained(
-            folder
-        )
+        T5EncoderModel(
+            T5Config(vocab_size=1000, d_model=128, d_ff=64, d_kv=8, num_heads=4, num_layers=1)
+        ).save_pretrained(folder)
     t5_tokenizer(24).save_pretrained(folder)
     T5Conditioner.T5_MODELS.append(folder)
     T5Conditioner.T5_MODEL_DIMS[folder] = 128
@@ -81,7 +83,10 @@ def build(text_encoder):
         coder = {"channels": 4, "c_mults": [1, 2, 4], "strides": [4, 4, 4], "use_snake": True}
         autoencoder = {
             "encoder": {"type": "oobleck", "config": {"in_channels": 2, "latent_dim": 16, **coder}},
-            "decoder": {"type": "oobleck", "config": {"out_channels": 2, "latent_dim": 8, "final_tanh": False, **coder}},
+            "decoder": {
+                "type": "oobleck",
+                "config": {"out_channels": 2, "latent_dim": 8, "final_tanh": False, **coder},
+            },
             "bottleneck": {"type": "vae"},
             "latent_dim": 8,
             "downsampling_ratio": 64,

@@ -278,5 +278,7 @@ def test_the_same_weights_in_diffusers_give_the_same_maps(model, text_encoder):
         for branch in ("conditional", "unconditional"):
             for word in a.word.values:
                 np.testing.assert_allclose(
-                    a.sel(branch=branch, word=word).values[..., :kept], b.sel(branch=branch, word=word).values, atol=1e-4
+                    a.sel(branch=branch, word=word).values[..., :kept],
+                    b.sel(branch=branch, word=word).values,
+                    atol=1e-4,
                 )
