@@ -10,16 +10,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aiba_eval import metrics, references, templates
     from aiba_eval.diagnostics import diagnose
+    from aiba_eval.effects import effect_map
     from aiba_eval.grid import MelGrid, project
     from aiba_eval.recipe import paper_recipe
     from aiba_eval.scoring import score
 
-__all__ = ["MelGrid", "diagnose", "metrics", "paper_recipe", "project", "references", "score", "templates"]
+__all__ = [
+    "MelGrid",
+    "diagnose",
+    "effect_map",
+    "metrics",
+    "paper_recipe",
+    "project",
+    "references",
+    "score",
+    "templates",
+]
 
 # public name -> the module that holds it; a name equal to its module is the module itself
 _EXPORTS = {
     "MelGrid": "grid",
     "diagnose": "diagnostics",
+    "effect_map": "effects",
     "metrics": "metrics",
     "paper_recipe": "recipe",
     "project": "grid",

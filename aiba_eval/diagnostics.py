@@ -31,6 +31,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -134,7 +135,8 @@ class SiteSummary:
     branch : guidance branch, or an empty string where there is none
     lattice : (time, frequency), (time,) on a lattice without a frequency axis, () without a lattice
     words : how many words have a map
-    entropy : normalised entropy over words, 1 where every word has the same share; mean over queries, steps and heads
+    entropy : normalised entropy over words, 1 where every word has the same share; mean over queries, steps and heads. A
+        word's share is taken per token where a capture tells how many it has: a uniform softmax gives two tokens twice as much
     word_mass, padding_mass, special_mass : share of the attention, mean over queries
     time_variation, frequency_variation : of a word's profile along that axis, of the word where it is largest
     variation : of a word's map over all cells, of the word where it is largest
@@ -364,7 +366,8 @@ class _Rows:
     seconds: float
     labels: tuple[str, ...]
     roles: tuple[str, ...]
-    values: Floats  # (step, head, column, time, frequency); frequency of size 1 where there is none
+    tokens: tuple[int, ...]  # per column, 1 where it is not known
+    values: NDArray[np.floating]  # (step, head, column, time, frequency); frequency of size 1 where there is none
     has_frequency: bool
 
     @property
@@ -379,11 +382,16 @@ class _Rows:
         sizes = self.values.shape[-2:]
         return sizes if self.has_frequency else sizes[:1]
 
-    def mean_maps(self, head: int | None = None) -> Floats:
-        """Step means of the word maps, (word, time, frequency); of one head, or of their mean."""
-        chosen = self.values if head is None else self.values[:, head : head + 1]
+    @cached_property
+    def mean_maps(self) -> Floats:
+        """Means of the word maps over steps and heads, (word, time, frequency)."""
+        return _mean(self.head_maps, 0)
+
+    @cached_property
+    def head_maps(self) -> Floats:
+        """Step means of the word maps of each head, (head, word, time, frequency)."""
         columns = self.words if self.words.any() else np.ones(len(self.roles), bool)
-        return _mean(chosen[:, :, columns], (0, 1))
+        return _mean(self.values[:, :, columns], 0)
 
     def mass(self, role: str) -> float:
         """Share of the attention of the columns with this role: 0 where there are none, NaN where roles are unknown."""
@@ -402,6 +410,8 @@ class _Rows:
         if self.signed or columns.sum() < 2 or self.tag == "self":
             return math.nan
         shares = self.values[:, :, columns]
+        if self.pooling == "sum":
+            shares = shares / np.array(self.tokens)[columns][:, None, None]
         total = shares.sum(2, keepdims=True)
         with np.errstate(invalid="ignore", divide="ignore"):
             shares = shares / total
@@ -438,15 +448,26 @@ def _read(given: Any) -> _Subject:
     else:
         raise TypeError(f"need a capture or maps (site → DataArray), got {type(given).__name__}")
     keys = {site.name: int(site.key_shape[-2]) for site in sites or ()}
+    tokens = _token_counts(given)
     rows: list[_Rows] = []
     nonfinite: dict[str, int] = {}
     for name, array in maps.items():
-        read = list(_rows(name, array, keys.get(name)))
+        read = list(_rows(name, array, keys.get(name), tokens))
         count = sum(int((~np.isfinite(r.values)).sum()) for r in read) + _blank_prompts(array)
         if count:
             nonfinite[name] = count
         rows += read
     return _Subject(rows, sites, uncovered, broken, nonfinite)
+
+
+def _token_counts(capture: Any) -> dict[tuple[str, str], dict[str, int]]:
+    """(site, prompt) → word → how many tokens it has, as far as a capture tells; nothing for maps."""
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    for (run, _, _), store in getattr(capture, "_stores", {}).items():
+        conditioning = capture._runs[run].conditioning
+        for prompt, groups in zip(conditioning.prompts if conditioning is not None else (), store.groups, strict=False):
+            counts[store.site.name, prompt] = {name: len(positions) for name, positions in groups.items()}
+    return counts
 
 
 def _blank_prompts(array: DataArray) -> int:
@@ -458,7 +479,9 @@ def _blank_prompts(array: DataArray) -> int:
     return int(blank.sum()) * cells
 
 
-def _rows(name: str, array: DataArray, keys: int | None) -> Iterator[_Rows]:
+def _rows(
+    name: str, array: DataArray, keys: int | None, tokens: Mapping[tuple[str, str], Mapping[str, int]]
+) -> Iterator[_Rows]:
     """Split an array by branch and prompt; words that a prompt lacks are left out."""
     dims = {str(dim) for dim in getattr(array, "dims", ())}
     column = "word" if "word" in dims else "key"
@@ -482,18 +505,21 @@ def _rows(name: str, array: DataArray, keys: int | None) -> Iterator[_Rows]:
     pooling = str(attributes.get("pooling", "sum" if column == "word" else ""))
     for b, branch in enumerate(branches):
         for p, prompt in enumerate(prompts):
-            values = np.asarray(array.values[b, p], float)
+            values = np.asarray(array.values[b, p])
             labels, roles = _columns(array, column, p)
             there = ~np.isnan(values).all(axis=(0, 1, 3, 4))
-            values = values[:, :, there]
+            if not there.all():
+                values = values[:, :, there]
             labels = [x for x, held in zip(labels, there, strict=True) if held]
             roles = [x for x, held in zip(roles, there, strict=True) if held]
             missing = np.isnan(values).all(axis=(1, 2, 3, 4))  # a step that this pipeline call did not have
-            values = values[~missing]
+            if missing.any():
+                values = values[~missing]
             if not values.size:
                 continue
             if pooling == "logmean":
                 is_word = np.array([role == "word" for role in roles])
+                values = values.copy()
                 values[:, :, is_word] = np.exp(values[:, :, is_word])
             yield _Rows(
                 site=name,
@@ -509,6 +535,7 @@ def _rows(name: str, array: DataArray, keys: int | None) -> Iterator[_Rows]:
                 seconds=float(attributes.get("seconds_per_column", math.nan)),
                 labels=tuple(labels),
                 roles=tuple(roles),
+                tokens=tuple(max(tokens.get((name, prompt), {}).get(label, 1), 1) for label in labels),
                 values=values,
                 has_frequency=has_frequency,
             )
@@ -531,10 +558,10 @@ def _columns(array: DataArray, column: str, prompt: int) -> tuple[list[str], lis
 # ---- numbers
 
 
-def _mean(values: Floats, axis: int | tuple[int, ...] | None = None) -> Any:
+def _mean(values: NDArray[np.floating], axis: int | tuple[int, ...] | None = None) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of nothing is NaN
-        return np.nanmean(np.where(np.isfinite(values), values, np.nan), axis)
+        return np.nanmean(np.where(np.isfinite(values), values, np.nan), axis, dtype=float)
 
 
 def _variation(values: Floats, axis: int | tuple[int, ...]) -> Floats:
@@ -587,7 +614,7 @@ def _summaries(subject: _Subject) -> Iterator[SiteSummary]:
     for rows in subject.rows:
         groups.setdefault((rows.site, rows.branch), []).append(rows)
     for (name, branch), members in groups.items():
-        maps = [rows.mean_maps() for rows in members]
+        maps = [rows.mean_maps for rows in members]
         on = members[0].on_lattice
         check = checks.get(name)
         yield SiteSummary(
@@ -678,6 +705,10 @@ class _Report:
         share = f"{len(at)} of {_sites(total)}"
         numbers = {number: mean, "sites": len(at), "sites_checked": total, **(extra or {})}
         self.add(name, level, sentence(mean, share), numbers, threshold, at)
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
 
 
 def _sites(count: int) -> str:
@@ -802,7 +833,7 @@ def _on_the_lattice(report: _Report, text: Sequence[_Rows]) -> None:
             name,
             "problem",
             "variation",
-            [(rows.site, value(rows.mean_maps())) for rows in placed],
+            [(rows.site, value(rows.mean_maps)) for rows in placed],
             FLAT_VARIATION,
             above=False,
             sentence=lambda mean, share, axis=axis: (  # type: ignore[misc]
@@ -823,14 +854,14 @@ def _over_words(report: _Report, text: Sequence[_Rows]) -> None:
         UNIFORM_ENTROPY,
         above=True,
         sentence=lambda mean, share: (
-            f"at {share} every word has nearly the same share of the attention (normalised entropy {mean:.4f} of 1): the "
+            f"at {share} every word has nearly the same share of the attention per token (normalised entropy {mean:.4f} of 1): the "
             "softmax hardly tells words apart"
         ),
         reason=few,
     )
     ratios = []
     for rows in text:
-        maps = rows.mean_maps()
+        maps = rows.mean_maps
         variation, difference = _cell_variation(maps), _word_difference(maps)
         flat = not variation >= FLAT_VARIATION
         ratios.append((rows.site, math.nan if math.isnan(difference) else math.inf if flat else difference / variation))
@@ -985,7 +1016,7 @@ def _between(a: _Rows, b: _Rows) -> tuple[float, float, bool]:
     places = range(min(map(len, labels)))
     different = [k for k in places if labels[0][k].casefold() != labels[1][k].casefold()]
     chosen = different or list(places)
-    pairs = [_units(np.stack([x, y])) for x, y in zip(a.mean_maps()[chosen], b.mean_maps()[chosen], strict=True)]
+    pairs = [_units(np.stack([x, y])) for x, y in zip(a.mean_maps[chosen], b.mean_maps[chosen], strict=True)]
     pairs = [pair for pair in pairs if len(pair) == 2]
     if not pairs:
         return math.nan, math.nan, bool(different)
@@ -1004,12 +1035,12 @@ def _unconditional(report: _Report, subject: _Subject) -> None:
     spreads = []
     shapes = set()
     for row in rows:
-        deviation = row.values.std((-2, -1))
+        deviation = row.values.std((-2, -1), dtype=float)
         spread = _largest(deviation) if row.values[0, 0, 0].size > 1 else math.nan
         spreads.append((row.site, spread))
         if not spread < CONSTANT_SOFTMAX:
             continue
-        level = row.values.mean((0, 1, 3, 4))
+        level = row.values.mean((0, 1, 3, 4), dtype=float)
         if level.max() > 1 - CONSTANT_SOFTMAX:
             shapes.add("all on one token")
         elif row.keys and np.abs(level * row.keys - np.round(level * row.keys)).max() < 1e-2:
@@ -1095,7 +1126,7 @@ def _resolution(
         name,
         "warning" if low else "info",
         f"the finest lattice has {columns} × {bands} cells for a grid of {grid_time} × {grid_mel}: one stands for "
-        f"{numbers['grid_cells_per_lattice_cell']:.3g} cells, and what is narrower cannot be seen.{scored}",
+        f"{_count(numbers['grid_cells_per_lattice_cell'])} cells, and what is narrower cannot be seen.{scored}",
         numbers,
         RESOLUTION_AP if best else None,
         [r.site for r in placed if r.values.shape[-2:] == (columns, bands)],
@@ -1110,7 +1141,7 @@ def _localising(report: _Report, text: Sequence[_Rows]) -> None:
     for rows in text:
         heads = rows.values.shape[1]
         for head in range(heads) if heads > 1 else (None,):
-            maps = rows.mean_maps(head)
+            maps = rows.mean_maps if head is None else rows.head_maps[head]
             variation, difference = _cell_variation(maps), _word_difference(maps)
             if variation >= LOCALISING_VARIATION and not difference < LOCALISING_VARIATION:
                 held = found.get((rows.site, head), (0.0, 0.0))

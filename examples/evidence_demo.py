@@ -10,12 +10,12 @@ as audio, mean removed, peak 0.5. Tunes of the test split occur in no other spli
 the sum is within 40 dB of its maximum. A pair of clip and word is scored if its mask covers 2 to 90 % of the grid.
 
 **Maps.** The clip's latent is noised to a timestep, the denoiser runs once per draw of noise on the prompt that names the
-instruments in random order; the word's cross-attention is averaged over heads, all word-aligned sites and 4 draws, and
-projected onto the grid.
+instruments in random order; the word's cross-attention is averaged over heads, the word-aligned sites of a set and 4 draws,
+and projected onto the grid.
 
 **Contrast.** Word swap: AP(map of w, mask of w) minus the mean over the other words w′ in the prompt of AP(map of w′, mask
-of w). Pairs are averaged within a piece and the piece is the unit; intervals are BCa over pieces. The noise level is chosen
-on the validation split among the declared ones, and reported on the test split.
+of w). Pairs are averaged within a piece and the piece is the unit; intervals are BCa over pieces. The noise level and the set
+of sites are chosen on the validation split among the declared ones, and reported on the test split.
 
 **References.** Chance (area of the mask), mix energy, class prior (mean mask of the class over training clips, constant in
 time), oracle projection, and the same pipeline with 20 re-initialisations of everything but the VAE.
@@ -46,6 +46,11 @@ from aiba_hooks import capture
 from aiba_plugins.demo import parts, trained, vocabulary
 
 SECONDS, WINDOWS, DRAWS, LEVELS = 2.56, 2, 4, (300, 500, 700, 800, 900)
+#: word-aligned sites by lattice (time × frequency of a 2.56 s clip); one set is chosen together with the level
+SITES: dict[str, dict[str, tuple[str, ...]]] = {
+    "unet": {"all": ("*",), "32x8": ("down_blocks.1.*", "up_blocks.1.*")},
+    "dit": {"all": ("*",)},
+}
 GRID = MelGrid(128, 64, duration=SECONDS)
 REINITIALISATIONS, SEEDS, FEW_PIECES = 20, 20, 10
 AREAS = (0.02, 0.9)
@@ -93,12 +98,23 @@ def predict_dit(pipe: Any, latents: torch.Tensor, timestep: torch.Tensor, condit
     return pipe.unfold(pipe.predict(pipe.fold(latents), timestep, conditioning))
 
 
+#: projected maps: (sites, level) to one mapping of words per clip
+Maps = dict[tuple[str, int], list[dict[str, np.ndarray]]]
+
+
 def word_maps(
-    kind: str, pipe: Any, given: list[Clip], levels: tuple[int, ...], draws: int = DRAWS, size: int = 16
-) -> dict[int, list[dict[str, np.ndarray]]]:
-    """Projected cross-attention of every word: per level one mapping per clip."""
+    kind: str,
+    pipe: Any,
+    given: list[Clip],
+    levels: tuple[int, ...],
+    sites: tuple[str, ...] | None = None,
+    draws: int = DRAWS,
+    size: int = 16,
+) -> Maps:
+    """Projected cross-attention of every word, per set of sites (default all declared ones) and level."""
     predict = predict_audioldm2 if kind == "unet" else predict_dit
-    maps: dict[int, list[dict[str, np.ndarray]]] = {level: [] for level in levels}
+    patterns = {name: SITES[kind][name] for name in sites or SITES[kind]}
+    maps: Maps = {(name, level): [] for name in patterns for level in levels}
     with torch.no_grad():
         for first in range(0, len(given), size):
             batch = given[first : first + size]
@@ -115,13 +131,14 @@ def word_maps(
                         generator = torch.Generator().manual_seed(1000 * draw + first)
                         noise = torch.randn(clean.shape, generator=generator)
                         predict(pipe, add_noise(pipe, clean, noise, level), torch.tensor(level), conditioning)
-            for number, level in enumerate(levels):
+            for (name, level), of_clips in maps.items():
+                number = levels.index(level)
                 steps = slice(number * draws, (number + 1) * draws)
                 cut = {site: array.isel(step=steps) for site, array in captured.maps.items()}
-                projected = project(cut, GRID)
+                projected = project(cut, GRID, layers=patterns[name])
                 for row, clip in enumerate(batch):
                     one = projected.isel(prompt=row)
-                    maps[level].append({name: one.sel(word=name).values for name in clip.instruments})
+                    of_clips.append({word: one.sel(word=word).values for word in clip.instruments})
     return maps
 
 
@@ -203,12 +220,12 @@ def contrasts(kind: str, pipe: Any, stems: Path, reinitialisations: int) -> dict
     """Choose the level on validation, report on test, beside references and re-initialisations."""
     validation = clips(list(slakh.pieces(stems, "validation")), seed=1)
     chosen_by = {
-        level: float(np.mean([piece["word_swap"] for piece in contrast(validation, maps)["all"]]))
-        for level, maps in word_maps(kind, pipe, validation, LEVELS, draws=2).items()
+        key: float(np.mean([piece["word_swap"] for piece in contrast(validation, maps)["all"]]))
+        for key, maps in word_maps(kind, pipe, validation, LEVELS, draws=2).items()
     }
-    best = max(chosen_by, key=chosen_by.__getitem__)
+    sites, best = max(chosen_by, key=chosen_by.__getitem__)
     test = clips(list(slakh.pieces(stems, "test")), seed=2)
-    by_level = {level: table(contrast(test, maps)) for level, maps in word_maps(kind, pipe, test, LEVELS).items()}
+    tables = {key: table(contrast(test, maps)) for key, maps in word_maps(kind, pipe, test, LEVELS).items()}
     training = clips(list(slakh.pieces(stems, "train")), seed=3, windows=1)
     masks: dict[str, list[np.ndarray]] = defaultdict(list)
     for clip in training:
@@ -221,14 +238,16 @@ def contrasts(kind: str, pipe: Any, stems: Path, reinitialisations: int) -> dict
     lattice = (32, 8) if kind == "unet" else (64, 1)
     null = []
     for seed in range(reinitialisations):
-        maps = word_maps(kind, fresh(kind, pipe, seed), test, (best,))[best]
+        maps = word_maps(kind, fresh(kind, pipe, seed), test, (best,), (sites,))[sites, best]
         null.append(float(np.mean([piece["word_swap"] for piece in contrast(test, maps)["all"]])))
     return {
-        "validation_word_swap": chosen_by,
+        "validation_word_swap": {f"{name} {level}": value for (name, level), value in chosen_by.items()},
+        "sites": sites,
         "level": best,
         "clips": len(test),
         "pieces": len({clip.piece for clip in test}),
-        "by_level": by_level,
+        "by_level": {level: tables[sites, level] for level in LEVELS},
+        "all_sites_by_level": {level: tables["all", level] for level in LEVELS},
         "references": {name: table(of) for name, of in beside(test, priors, lattice).items()},
         "reinitialised_word_swap": null,
     }
@@ -366,6 +385,7 @@ def brief(part: str, of: dict[str, Any]) -> Any:
     null = of["reinitialised_word_swap"]
     return {
         "level": of["level"],
+        "sites": of["sites"],
         "word_swap_by_level": {level: round(rows["all"]["word_swap"][0], 3) for level, rows in of["by_level"].items()},
         "at_level": rounded,
         "references": {

@@ -54,7 +54,7 @@ def test_the_papers_recipe_is_flat_by_construction(full_size):
     # the mean over all keys is 1/Tk for every query, whatever the model does
     conditional = full.sel(branch="conditional")
     np.testing.assert_allclose(conditional.mean("key"), 1 / 130, atol=1e-7)
-    assert float(conditional.std("key").mean()) > 1e-4
+    assert float(conditional.std("key").mean()) > 1e-5
     with pytest.raises(DegeneratePooling, match="1/Tk for every query"):
         capture(full_size, pooling="mean")
     # the unconditional keys are all zeros

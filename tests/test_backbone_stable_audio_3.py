@@ -202,3 +202,34 @@ def test_steps_and_outputs(pipe):
         own, cap.maps["transformer_blocks.0.self_attn#0"].values - cap.maps["transformer_blocks.0.self_attn#1"].values,
         atol=1e-7,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("StableAudio3AudioToAudioPipeline", {"init_noise_level": 0.7}),
+        ("StableAudio3InpaintPipeline", {"mask_start_seconds": 1.0, "mask_end_seconds": 2.0}),
+    ],
+)
+def test_its_variants_from_audio(pipe, variant, options):
+    import diffusers
+
+    other = tiny.finished(getattr(diffusers, variant)(**pipe.components))
+    audio = torch.randn(1, 2, 96, generator=torch.Generator().manual_seed(0))
+
+    def make(prompt):
+        return generate(other, prompt, duration=6.0, audio=audio, **options)
+
+    report = check_backbone(
+        StableAudio3(),
+        other,
+        make,
+        prompt="a bass and drums",
+        other_prompt="soft piano with guitar",
+        words=["bass", "drums"],
+    )
+    assert report["lattices"] == [(24,)]
+    with capture(other, words=["bass"]) as cap:
+        make("a bass")
+    assert cap.backbone.name == "stable-audio-3"
+    assert cap.maps[CROSS].sigma.values[0] == pytest.approx(options.get("init_noise_level", 1.0), abs=0.05)

@@ -457,7 +457,10 @@ def test_full_maps_know_the_roles_of_their_tokens(pipe):
     with capture(pipe, keep="full", layers="mid_block*", kinds=("cross",)) as cap:
         generate(pipe, "a bass and drums", steps=1)
     diagnosis = diagnose({name: array for name, array in cap.maps.items() if "role" in array.coords})
-    row = diagnosis.sites[0]
+    # the words of the GPT-2 stream are not known; those of the T5 stream are single tokens here
+    by_stream = {site.stream: site for site in diagnosis.sites}
+    assert by_stream["gpt2"].words == 0 and math.isnan(by_stream["gpt2"].entropy)
+    row = by_stream["t5"]
     assert row.words >= 4 and row.word_mass + row.special_mass + row.padding_mass == pytest.approx(1, abs=1e-4)
 
 
@@ -468,6 +471,43 @@ def test_self_attention_has_rows_in_the_table_and_no_findings_of_words(pipe):
     assert diagnosis.sites and {row.tag for row in diagnosis.sites} == {"self"}
     assert "no-cross-attention" in diagnosis and diagnosis.not_checked["uniform-over-words"] == "no word maps"
     assert "no-cross-attention" not in diagnose(cap)  # the model has it; these maps do not
+
+
+def test_a_uniform_softmax_is_found_whatever_words_are_spelt_with(pipe):
+    """A word of five tokens has five times the share of a word of one; per token they are alike."""
+    prompt = "a bass and xylophones"
+    with capture(pipe, layers="mid_block*") as cap:
+        weights = [m.to_q.weight for m in pipe.unet.mid_block.modules() if hasattr(m, "to_q")]
+        before = [weight.detach().clone() for weight in weights]
+        try:
+            with torch.no_grad():
+                for weight in weights:
+                    weight.zero_()
+            generate(pipe, prompt, steps=1)
+        finally:
+            with torch.no_grad():
+                for weight, old in zip(weights, before, strict=True):
+                    weight.copy_(old)
+    finding = diagnose(cap)["uniform-over-words"]
+    assert finding.numbers["entropy"] == pytest.approx(1, abs=1e-6)
+    assert "uniform-over-words" not in diagnose(cap.maps)  # which do not know how many tokens a word has
+
+
+@pytest.mark.filterwarnings("ignore:Should have t:UserWarning")
+def test_stable_audio_has_the_causes_that_are_known_of_it():
+    """Padding that nothing masks, an unconditional half of zeros, a latent without frequencies: read in its source."""
+    from tests import tiny
+
+    with capture(tiny.stable_audio(length=24), branch="both") as cap:
+        tiny.generate(cap.target, "a bass and drums", audio_end_in_s=0.5)
+    diagnosis = diagnose(cap)
+    keys = 24 + 2
+    finding = diagnosis["unconditional-branch"]
+    assert f"1/{keys} on every key" in finding.sentence and finding.numbers["sites"] == 2
+    assert diagnosis["padding-sink"].numbers["mass"] > 0.5 and len(diagnosis["padding-sink"].sites) == 2
+    axis = diagnosis["no-frequency-axis"]
+    assert axis.numbers["seconds_per_column"] == pytest.approx(64 / 4000) and axis.severity == "warning"
+    assert "no-cross-attention" not in diagnosis
 
 
 class SelfOnly(nn.Module):

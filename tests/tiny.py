@@ -130,7 +130,7 @@ def stable_audio_3(differential=True, *, patch=1, memory=3, length=24):
             num_heads=4,
             cond_token_dim=16,
             global_cond_dim=16,
-            local_add_cond_dim=5,
+            local_add_cond_dim=9,
             timestep_features_dim=16,
             ff_mult=2,
             num_memory_tokens=memory,

@@ -47,6 +47,10 @@ class MelDiT(Backbone):
     def sigma(self, target: Any, timestep: float) -> float | None:
         return super().sigma(target, round(timestep))
 
+    def predict(self, target: Any, latents: Any, timestep: Any, conditioning: Any) -> Any:
+        """One forward of the transformer on latents [batch, channels, time, bands], for probes and effect maps."""
+        return target.unfold(target.predict(target.fold(latents), timestep, conditioning))
+
     def lattice(self, site: SiteCall) -> Lattice:
         columns = int(site.arguments["hidden_states"].shape[-1])
         vocoder = site.target.vocoder.config

@@ -1,11 +1,11 @@
-"""Stable Audio 3 (diffusers ``StableAudio3Pipeline``): a diffusion transformer with differential attention.
+"""Stable Audio 3 (diffusers ``StableAudio3Pipeline`` and its two variants): a diffusion transformer with differential attention.
 
 From ``diffusers/models/transformers/transformer_stable_audio3.py``: where ``use_differential`` is set, each attention layer
 calls its kernel twice and subtracts, ``Attn(Q1, K1, V) − Attn(Q2, K2, V)``, without a factor: its map is signed and its rows
 sum to 0. The memory tokens stand before the latent's columns (``vae.downsampling_ratio`` samples each, times the patch size);
 channels are no frequencies. The keys are the text, padded to at most 256 tokens, every pad replaced by one learned embedding
 and unmasked, then one key for the duration. One forward holds the unconditional rows (the negative or the empty prompt,
-with the same duration key) first. The audio is trimmed to ``duration``."""
+with the same duration key) first; from audio and for inpainting there is no guidance. The audio is trimmed to ``duration``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from aiba_plugins.backbones.latents import scheduler_sigma, time_lattice
 
 
 class StableAudio3(Backbone):
-    """diffusers' StableAudio3Pipeline and subclasses of it."""
+    """diffusers' StableAudio3Pipeline, StableAudio3AudioToAudioPipeline, StableAudio3InpaintPipeline and their subclasses."""
 
     name = "stable-audio-3"
     denoiser_names = ("transformer",)
@@ -27,7 +27,8 @@ class StableAudio3(Backbone):
     observed_methods = ("encode_prompt",)
 
     def matches(self, target: Any) -> bool:
-        return any(cls.__name__ == "StableAudio3Pipeline" for cls in type(target).__mro__)
+        names = {f"StableAudio3{variant}Pipeline" for variant in ("", "AudioToAudio", "Inpaint")}
+        return any(cls.__name__ in names for cls in type(target).__mro__)
 
     def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning:
         last = {call.name: call for call in calls}
@@ -45,7 +46,7 @@ class StableAudio3(Backbone):
         return Conditioning(
             prompts,
             int(timed["num_waveforms_per_prompt"]),
-            bool(target.do_classifier_free_guidance),
+            bool(getattr(target, "do_classifier_free_guidance", False)),
             (text.join(duration, argument="encoder_hidden_states"),),
             (0.0, float(timed["duration"])),
         )

@@ -124,8 +124,8 @@ def scores(kind: str, of: dict[str, Any]) -> str:
         level = str(found["level"])
         null = found["reinitialised_word_swap"]
         lines += [
-            f"Cross-attention against dominance masks, {found['clips']} clips of {found['pieces']} held-out pieces, timestep {level}",
-            "(chosen on the validation split), 4 noise draws; unit = piece, 95 % BCa intervals; AP / chance is a ratio of means.",
+            f"Cross-attention against dominance masks, {found['clips']} clips of {found['pieces']} held-out pieces, timestep {level}, sites",
+            f"{found['sites']} (both chosen on the validation split), 4 noise draws; unit = piece, 95 % BCa intervals; AP / chance is a ratio of means.",
             "Definitions: `examples/evidence_demo.py`.\n",
             "| word | pieces | AP | chance | AP / chance | word swap |",
             "|---|---|---|---|---|---|",
