@@ -623,43 +623,56 @@ def effect_mass(maps: DataArray) -> DataArray:
     return maps.mean(("time", "mel"), skipna=True, keep_attrs=True).rename("effect_mass")
 
 
+def listed(words: Sequence[str]) -> str:
+    """``["bass", "drums", "piano"]`` as ``"bass, drums and piano"``."""
+    *first, last = words if words else [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def presence(
     pipeline: Any,
-    prompt: str,
-    *,
     present: Sequence[str],
+    *,
     absent: Sequence[str] = (),
     neutral: Sequence[str] = (),
-    add: str = "{prompt} and {word}",
+    compose: Callable[[Sequence[str]], str] = listed,
+    remove: Remove = "prompt",
     **options: Any,
 ) -> DataArray:
     """Effect mass of words that are in the audio, beside words that are not and words that mean no sound.
 
-    An absent word is added to the prompt, and its effect is measured on the same audio: a model that only follows the text
-    gives it as much mass as a word that is there. A neutral word ("and") is dropped like any other; its mass is what an edit
-    of the text does that should do nothing.
+    A model that only follows the text gives a word as much mass whether the audio has it or not. Present and absent words
+    are measured by the same edit at the same place, the end of the prompt, since what an edit does depends on how many tokens
+    it moves::
+
+        present w    compose(other present words + w)   against   compose(other present words)
+        absent w     compose(present words + w)         against   compose(present words)
+        neutral w    compose(present words)             against   the same less w, where it stands
+
+    With ``remove="values"`` it is the prompt on the left, with and without w's values.
 
     Parameters
     ----------
-    pipeline, prompt
-        The prompt names the present words and holds the neutral ones.
+    pipeline
     present : sequence of str
-        Words of the prompt that the audio has.
+        Words for what the audio has.
     absent : sequence of str
-        Words that neither the prompt nor the audio has.
+        Words for what it does not have.
     neutral : sequence of str
-        Words of the prompt without a sound of their own.
-    add : str
-        How an absent word joins the prompt.
+        Words of ``compose(present)`` without a sound of their own: ``["and"]``.
+    compose : callable
+        Makes a prompt of words. It has to bear an empty list where there is one present word.
+    remove
+        As in :func:`effect_map`.
     options
-        Of :func:`effect_map`: ``waveform``, ``latents``, ``remove``, ``timesteps``, ``draws``, ...
+        Of :func:`effect_map`: ``waveform``, ``latents``, ``timesteps``, ``draws``, ...
 
     Returns
     -------
     DataArray, dims (word,) or (timestep, word)
-        Effect masses with the coordinate ``role`` along word: "present", "absent" or "neutral". Attribute ``auroc``: the
-        share of (present, absent) pairs in which the present word has more mass, ties counted half; its value for a single
-        piece says little: pool masses over pieces. A list with one entry per level with ``levels="each"``; NaN without
+        Effect masses with the coordinates ``role`` ("present", "absent" or "neutral") and ``prompt`` along word. Attribute
+        ``auroc``: the share of (present, absent) pairs in which the present word has more mass, ties counted half. On one
+        piece it says little: pool masses over pieces. With ``levels="each"`` a list, one entry per level; NaN without
         absent words.
 
     Raises
@@ -671,23 +684,26 @@ def presence(
     """
     import xarray
 
-    there = [word for word in absent if find(word, prompt)]
+    whole = compose(present)
+    there = [word for word in absent if find(word, whole)]
     if there or not present:
-        raise ValueError(f"absent words {there} are in the prompt {prompt!r}" if there else "present is empty")
-    known = [*present, *neutral]
-    parts = [effect_mass(effect_map(pipeline, prompt, words=known, **options)).isel(prompt=0, drop=True)]
-    for word in absent:
-        longer = effect_map(pipeline, add.format(prompt=prompt, word=word), words=[word], **options)
-        parts.append(effect_mass(longer).isel(prompt=0, drop=True))
-    masses = xarray.concat(
-        [part.drop_vars("without", errors="ignore") for part in parts], "word", coords="minimal", compat="override"
-    )
-    roles = ["present"] * len(present) + ["neutral"] * len(neutral) + ["absent"] * len(absent)
-    masses = masses.assign_coords(role=("word", roles))
-    yes, no = (np.atleast_2d(masses.values[..., np.asarray(roles) == role]) for role in ("present", "absent"))
+        raise ValueError(f"absent words {there} are in the prompt {whole!r}" if there else "present is empty")
+    asked = [(w, "present") for w in present] + [(w, "absent") for w in absent] + [(w, "neutral") for w in neutral]
+    masses, prompts = [], []
+    for word, role in asked:
+        others = [other for other in present if other != word]
+        prompt = whole if role == "neutral" else compose([*others, word])
+        without = {word: compose(others)} if remove == "prompt" and role != "neutral" else None
+        maps = effect_map(pipeline, prompt, words=[word], remove=remove, without=without, **options)
+        masses.append(effect_mass(maps.drop_vars("without", errors="ignore")).isel(prompt=0, drop=True))
+        prompts.append(prompt)
+    joined = xarray.concat(masses, "word", coords="minimal", compat="override")
+    roles = np.asarray([role for _, role in asked])
+    yes, no = (np.atleast_2d(joined.values)[:, roles == role] for role in ("present", "absent"))
     wins = (yes[:, :, None] > no[:, None, :]) + 0.5 * (yes[:, :, None] == no[:, None, :])
     shares = [float(w.mean()) if w.size else float("nan") for w in wins]
-    return masses.assign_attrs(parts[0].attrs, auroc=shares if masses.ndim == 2 else shares[0])
+    joined = joined.assign_coords(role=("word", roles), prompt=("word", prompts))
+    return joined.assign_attrs(masses[0].attrs, auroc=shares if joined.ndim == 2 else shares[0])
 
 
 # ---- does attention say what a word does?

@@ -90,6 +90,7 @@ def causes(probabilities: np.ndarray, seconds: float = 8.0) -> list[Cause]:
         Cause("both halves averaged", "variation of a word's map (without: half of it)", variation(both), variation(word)),
         Cause("padding not masked", "share of the attention on padding", float(conditional[:, padding].sum(1).mean()), 0.0),
         Cause("padding not masked", "share left for the words", float(words.mean()), float(masked[:, :WORDS].sum(1).mean())),
+        Cause("padding not masked", "deviation of the log-mean over queries", float(np.std(recipe.log_mean)), float(np.std(paper_recipe(masked).log_mean))),
         Cause("square reshape", "variation over the axis it invents", variation(square.mean(1)), 0.0),
         Cause("square reshape", "seconds from one row to the next", recipe.side * SECONDS_PER_COLUMN, 0.0),
         Cause("whole window generated", "share of the columns that are cropped away", 1 - kept / COLUMNS, 0.0),

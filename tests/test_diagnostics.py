@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +243,23 @@ def test_variation_is_compared_with_its_threshold(name):
         assert (name in diagnosis) == (below if name != "localising-sites" else not below)
 
 
+@pytest.mark.parametrize(("fraction", "fires"), [(0.07, True), (0.1, False)])
+def test_uniform_is_a_difference_of_a_few_percent(fraction, fires):
+    """Entropy is 1 − c² / (2 ln W) for shares that differ by c: 0.995 for two words is c = 0.083."""
+    values = np.stack(
+        [np.full(LATTICE, 0.4 * (1 + fraction)), np.full(LATTICE, 0.4 * (1 - fraction)), np.full(LATTICE, 0.2)]
+    )
+    assert ("uniform-over-words" in diagnose(maps(values, columns=("bass", "drums", "(special)")))) == fires
+
+
+def test_the_thresholds_on_the_page_are_those_in_force():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "diagnostics.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"`([A-Z_]+)` ([\d.e-]+\d)", page))
+    assert len(shown) == 9
+    assert {name: float(value) for name, value in shown.items()} == {name: getattr(diagnostics, name) for name in shown}
+    assert set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", page.split("## The findings")[1])) == set(FINDINGS)
+
+
 def test_the_severity_is_lowered_where_few_sites_have_it():
     most, few = diagnose(maps(FLAT_TIME, FLAT_TIME, varied())), diagnose(maps(FLAT_TIME, varied(), varied()))
     assert most["flat-in-time"].severity == "problem"
@@ -340,6 +358,11 @@ def test_what_a_perfect_map_of_this_resolution_could_score():
     assert diagnose(HEALTHY, masks={"drums": half})["resolution-bound"].severity == "info"
 
 
+@pytest.mark.parametrize("lattice", [(128, 8), (20, 64)])
+def test_one_coarse_axis_bounds_the_resolution(lattice):
+    assert "resolution-bound" in diagnose(maps(varied(lattice=lattice)))
+
+
 def test_projected_maps_are_scored_beside_the_oracle():
     from aiba_eval import project
 
@@ -367,6 +390,11 @@ def test_a_changed_word_is_compared_with_the_word_in_its_place():
     assert "prompt-insensitive" not in follows
     stays = diagnose(maps(FIRST), other=maps(FIRST, prompt="drums bass piano", columns=("drums", "bass", *words[2:])))
     assert "in the same place" in stays["prompt-insensitive"].sentence
+    # only words that changed are compared: the others have every right to stay, or to move
+    changed = varied()
+    changed[1] = FIRST[1]
+    partly = maps(changed, prompt="bass flute piano", columns=("bass", "flute", *words[2:]))
+    assert "prompt-insensitive" in diagnose(maps(FIRST), other=partly)
     # the same words in another sentence
     again = diagnose(maps(FIRST), other=maps(FIRST, prompt="soft bass drums piano"))
     assert "for the same words in" in again["prompt-insensitive"].sentence
@@ -375,6 +403,9 @@ def test_a_changed_word_is_compared_with_the_word_in_its_place():
 def test_flat_maps_do_not_depend_on_the_prompt_either():
     flat = np.repeat(np.repeat(varied(lattice=(1, 1)), 20, axis=1), 8, axis=2)
     assert "prompt-insensitive" in diagnose(maps(flat), other=maps(flat, **OTHER))
+    # what differs within the rounding of flat maps is no difference
+    one, two = (softmax(0.004 * RNG.standard_normal((5, *LATTICE))) for _ in range(2))
+    assert "prompt-insensitive" in diagnose(maps(one), other=maps(two, **OTHER))
 
 
 def test_logmean_maps_are_read_as_probabilities():
@@ -708,6 +739,8 @@ def test_the_example_separates_the_causes(capsys):
     assert half.with_it == pytest.approx(half.without / 2, rel=0.2)
     padding = by["padding not masked", "share of the attention on padding"]
     assert padding.with_it == pytest.approx(124 / 130, abs=0.05)
+    logs = by["padding not masked", "deviation of the log-mean over queries"]
+    assert 10 * logs.with_it < logs.without  # padding flattens the logarithm's mean too
     assert by["square reshape", "seconds from one row to the next"].with_it == pytest.approx(32 * 2048 / 44100)
     assert by["whole window generated", "share of the columns that are cropped away"].with_it == pytest.approx(
         1 - 173 / 1024

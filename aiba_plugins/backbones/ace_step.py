@@ -29,15 +29,17 @@ class AceStep(Backbone):
     def matches(self, target: Any) -> bool:
         return any(cls.__name__ == "AceStepPipeline" for cls in type(target).__mro__)
 
-    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning:
-        begun = max(i for i, call in enumerate(calls) if call.name == "check_inputs")
+    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning | None:
+        begun = max((i for i, call in enumerate(calls) if call.name == "check_inputs"), default=0)
         encoded = [call for call in calls[begun:] if call.name == "encode_prompt"]
         if len(encoded) > 1:
             raise NotImplementedError(
                 "audio_cover_strength below 1 runs a third kind of forward in every step, which is not told apart from the "
                 "conditional one; capture with audio_cover_strength=1.0"
             )
-        packed = next(call for call in calls[begun:] if call.name == "condition_encoder.forward")
+        packed = next((call for call in calls[begun:] if call.name == "condition_encoder.forward"), None)
+        if not encoded or packed is None:
+            return None  # not encoded inside the block
         options = dict(encoded[0].arguments)
         prompts = _listed(options["prompt"])
         lyrics, languages = (_listed(options[name], len(prompts)) for name in ("lyrics", "vocal_language"))

@@ -27,9 +27,11 @@ class LongCatAudio(Backbone):
     def matches(self, target: Any) -> bool:
         return any(cls.__name__ == "LongCatAudioDiTPipeline" for cls in type(target).__mro__)
 
-    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning:
-        begun = max(i for i, call in enumerate(calls) if call.name == "check_inputs")
-        encoded = next(call for call in calls[begun:] if call.name == "encode_prompt")
+    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning | None:
+        begun = max((i for i, call in enumerate(calls) if call.name == "check_inputs"), default=0)
+        encoded = next((call for call in calls[begun:] if call.name == "encode_prompt"), None)
+        if encoded is None:
+            return None  # not encoded inside the block
         prompt, length = encoded.arguments["prompt"], int(encoded.result[0].shape[1])
         prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
         text = TokenStream.from_tokenizer(

@@ -27,8 +27,10 @@ class StableAudio(Backbone):
     def matches(self, target: Any) -> bool:
         return any(cls.__name__ == "StableAudioPipeline" for cls in type(target).__mro__)
 
-    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning:
+    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning | None:
         last = {call.name: call for call in calls}
+        if not {"encode_prompt", "encode_duration"} <= last.keys():
+            return None  # not encoded inside the block
         encoded, timed = last["encode_prompt"], last["encode_duration"].arguments
         prompt = encoded.arguments["prompt"]
         if prompt is None:  # embeddings were given: there is no text to align

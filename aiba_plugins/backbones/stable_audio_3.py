@@ -30,8 +30,10 @@ class StableAudio3(Backbone):
         names = {f"StableAudio3{variant}Pipeline" for variant in ("", "AudioToAudio", "Inpaint")}
         return any(cls.__name__ in names for cls in type(target).__mro__)
 
-    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning:
+    def conditioning_from(self, target: Any, calls: Sequence[MethodCall]) -> Conditioning | None:
         last = {call.name: call for call in calls}
+        if "encode_prompt" not in last:
+            return None  # not encoded inside the block
         encoded, timed = last["encode_prompt"], last["encode_duration"].arguments
         prompt, length = encoded.arguments["prompt"], int(encoded.result[0].shape[1])
         if encoded.arguments.get("prompt_embeds") is not None:  # there is no text to align
