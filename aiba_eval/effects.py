@@ -129,7 +129,7 @@ def prediction_type(pipeline: Any) -> Literal["epsilon", "v_prediction", "sample
 
 
 def clean_latent(pipeline: Any, noised: Tensor, prediction: Tensor, timestep: int) -> Tensor:
-    """x̂0, the clean latent that a denoiser's output stands for, in float32.
+    """x̂0, the clean latent that a denoiser's output stands for, in float32 or the latents' own finer dtype.
 
     ::
 
@@ -156,12 +156,15 @@ def clean_latent(pipeline: Any, noised: Tensor, prediction: Tensor, timestep: in
     ValueError
         The timestep is outside the training range, or ᾱ_t is 0 and the model predicts epsilon: x_t holds no signal.
     """
+    import torch
+
     kind = prediction_type(pipeline)
+    dtype = torch.promote_types(noised.dtype, torch.float32)
     # the two factors of add_noise, read off it, so that both have one definition of the noise level
-    one = noised.new_ones((), dtype=noised.float().dtype)
-    signal = float(add_noise(pipeline, one, 0 * one, timestep))
-    noise = float(add_noise(pipeline, 0 * one, one, timestep))
-    noised, prediction = noised.float(), prediction.float()
+    one, none = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    signal = float(add_noise(pipeline, one, none, timestep))
+    noise = float(add_noise(pipeline, none, one, timestep))
+    noised, prediction = noised.to(dtype), prediction.to(dtype)
     if kind == "sample":
         return prediction
     if kind == "v_prediction":
