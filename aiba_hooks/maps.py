@@ -197,7 +197,9 @@ def _labels_to_attributes(data: xr.Dataset) -> xr.Dataset:
 
 def _labels_from_attributes(data: xr.Dataset) -> xr.Dataset:
     held: Any = data.attrs.pop(_LABELS, {})
-    return data.assign_coords({name: (label["dims"], np.asarray(label["values"], dtype=str)) for name, label in held.items()})
+    return data.assign_coords(
+        {name: (label["dims"], np.asarray(label["values"], dtype=str)) for name, label in held.items()}
+    )
 
 
 def _node(site: str, index: int) -> str:

@@ -96,7 +96,13 @@ def check_kernel(
     state = torch.random.get_rng_state()
 
     spy = _Spy(kernel)
-    figures: dict[str, float] = {"calls": 0, "check": 0.0, "row_sum_min": np.inf, "row_sum_max": -np.inf, "error": np.nan}
+    figures: dict[str, float] = {
+        "calls": 0,
+        "check": 0.0,
+        "row_sum_min": np.inf,
+        "row_sum_max": -np.inf,
+        "error": np.nan,
+    }
 
     def questions(call: AttentionCall) -> None:
         figures["calls"] += 1
@@ -138,9 +144,7 @@ def check_kernel(
     _require(all(a is b for a, b in zip(before, after, strict=True)), f"{kernel!r}: a binding was not restored")
     _require(figures["calls"] > 0, f"{kernel!r} did not see the call: is it looked up at one of {kernel.bindings}?")
     _require(_same(output, plain), f"{kernel!r}: the output changed under interception")
-    _require(
-        bool(torch.equal(state, torch.random.get_rng_state())), f"{kernel!r}: asking moved the random generator"
-    )
+    _require(bool(torch.equal(state, torch.random.get_rng_state())), f"{kernel!r}: asking moved the random generator")
     if probabilities is not None:
         half = probabilities.dtype in (torch.float16, torch.bfloat16)
         allowed = atol if atol is not None else (2e-2 if half else 1e-5)
@@ -267,14 +271,18 @@ def check_backbone(
             continue
         worst = max(worst, site.check or 0.0)
         low, high = site.row_sum or (np.nan, np.nan)
-        _require(abs(low - 1) < 1e-2 and abs(high - 1) < 1e-2, f"{site.name}: rows sum to {low:.4f}..{high:.4f}, not to 1")
+        _require(
+            abs(low - 1) < 1e-2 and abs(high - 1) < 1e-2, f"{site.name}: rows sum to {low:.4f}..{high:.4f}, not to 1"
+        )
     shapes = set()
     durations = []
     for name, array in cap.maps.items():
         total = array.sum("word", skipna=False)
         rows = sum(array.attrs.get("signs", [1.0]))  # a differential map is a signed sum
         _require(bool(np.allclose(total, rows, atol=1e-2)), f"{name}: the words and groups do not cover every key")
-        _require(bool((np.diff(array.time) > 0).all()) or array.sizes["time"] == 1, f"{name}: time does not run forwards")
+        _require(
+            bool((np.diff(array.time) > 0).all()) or array.sizes["time"] == 1, f"{name}: time does not run forwards"
+        )
         if "frequency" in array.dims:
             _require(
                 bool((array.frequency_high > array.frequency_low).all()) and bool((np.diff(array.frequency) > 0).all()),
@@ -291,7 +299,9 @@ def check_backbone(
     _check_branches(backbone, target, generate, prompt, other_prompt)
     with intervene(target, reweight={words[0]: 0.0}, backbone=backbone):
         edited = generate(prompt)
-    _require(not _equal_outputs(plain, edited), f"{backbone!r}: removing {words[0]!r} from the attention changed nothing")
+    _require(
+        not _equal_outputs(plain, edited), f"{backbone!r}: removing {words[0]!r} from the attention changed nothing"
+    )
     steps = next(iter(cap.maps.values())).sizes["step"]
     return {"sites": len(cap.maps), "lattices": sorted(shapes, reverse=True), "check": worst, "steps": steps}
 
@@ -372,7 +382,9 @@ def _check_branches(
     conditioning = cap._runs[-1].conditioning
     assert conditioning is not None
     a, b = cap.maps, first_step(other_prompt, "conditional")
-    aligned = [name for name in a if any(s.has_words and s.name == a[name].attrs["stream"] for s in conditioning.streams)]
+    aligned = [
+        name for name in a if any(s.has_words and s.name == a[name].attrs["stream"] for s in conditioning.streams)
+    ]
     _require(bool(aligned), f"{backbone!r}: no site reads a stream of words")
     changed = [n for n in aligned if a[n].shape != b[n].shape or not np.allclose(a[n], b[n], atol=1e-6)]
     _require(bool(changed), f"{backbone!r}: the conditional rows are the same for {prompt!r} and {other_prompt!r}")

@@ -191,7 +191,9 @@ def test_a_backbone_that_miscounts_waveforms_is_refused(pipe, heads):
         def conditioning(self, target, arguments, result):
             return dataclasses.replace(super().conditioning(target, arguments, result), waveforms=1)
 
-    with pytest.raises(BackboneMismatch, match="the denoiser's batch is 2 and the kernel's 2, but 1 prompts × 1 waveforms"):
+    with pytest.raises(
+        BackboneMismatch, match="the denoiser's batch is 2 and the kernel's 2, but 1 prompts × 1 waveforms"
+    ):
         with capture(pipe, words=["bass"], heads=heads, backbone=Miscounting()):
             generate(pipe, "a bass", steps=1, guidance_scale=1.0, num_waveforms_per_prompt=2)
 

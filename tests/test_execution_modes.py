@@ -110,7 +110,9 @@ def test_a_compiled_pipeline_is_captured(shared_pipe, stance):
 def test_a_compiled_function_that_a_models_file_calls_runs_eagerly_too(inputs, stance):
     """fullgraph=True would refuse to trace the interceptor; without it the call would be compiled away."""
     file = types.ModuleType("a_models_file")
-    file.attend = torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v), backend="eager", fullgraph=True)
+    file.attend = torch.compile(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v), backend="eager", fullgraph=True
+    )
     sys.modules[file.__name__] = file
     try:
 

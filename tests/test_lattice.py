@@ -8,8 +8,7 @@ import torch
 import xarray as xr
 
 from aiba_eval import MelGrid, project
-from aiba_hooks import Lattice, LatticeMismatch
-from aiba_hooks import mel_edges
+from aiba_hooks import Lattice, LatticeMismatch, mel_edges
 
 ORDERS = {
     "time-major": (("time", "frequency"), False),

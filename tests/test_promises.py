@@ -344,7 +344,10 @@ def test_nothing_captured_names_attention_that_no_kernel_adapter_caught():
             return torch.softmax(x @ x.transpose(-1, -2), -1) @ x
 
     model = torch.nn.Sequential(OwnAttention())
-    with pytest.raises(NothingCaptured, match=r"0 \(OwnAttention\): multiplies a softmax of its own"), capture(model, keep="full"):
+    with (
+        pytest.raises(NothingCaptured, match=r"0 \(OwnAttention\): multiplies a softmax of its own"),
+        capture(model, keep="full"),
+    ):
         model(torch.randn(1, 4, 8))
 
 

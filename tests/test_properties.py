@@ -27,9 +27,12 @@ def attention(draw):
     dim, value_dim = draw(st.sampled_from([1, 2, 8, 16])), draw(st.sampled_from([1, 2, 8, 16]))
     batch, kv_heads, repeat = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     gqa = layout == "[B, H, T, D]" and repeat > 1
-    leading = {"[T, D]": (), "[B, T, D]": (batch,), "[B, H, T, D]": (batch, kv_heads), "[B, G, H, T, D]": (batch, 2, kv_heads)}[
-        layout
-    ]
+    leading = {
+        "[T, D]": (),
+        "[B, T, D]": (batch,),
+        "[B, H, T, D]": (batch, kv_heads),
+        "[B, G, H, T, D]": (batch, 2, kv_heads),
+    }[layout]
     q_leading = (batch, kv_heads * repeat) if gqa else leading
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
@@ -117,7 +120,9 @@ def test_pooled_groups_are_sums_means_maxima_and_log_means_of_the_softmax(inputs
                 continue
             inside = expected[row].mean(0)[:, positions]
             for pooling, theirs in (("sum", inside.sum(-1)), ("mean", inside.mean(-1)), ("max", inside.amax(-1))):
-                np.testing.assert_allclose(results[pooling][row, :, column], theirs, atol=tolerance(call) * len(positions))
+                np.testing.assert_allclose(
+                    results[pooling][row, :, column], theirs, atol=tolerance(call) * len(positions)
+                )
             if call.value.dtype == torch.float64 and float(inside.min()) > 1e-6:
                 np.testing.assert_allclose(results["logmean"][row, :, column], inside.log().mean(-1), atol=1e-4)
 
@@ -169,6 +174,8 @@ def test_a_misread_call_never_passes_its_check_with_wrong_maps(inputs, mistake):
     repeat = expected.shape[1] // four.shape[1]
     right = expected @ four.repeat_interleave(repeat, 1)
     full = torch.cat([part for _, part, _ in call.ask_keys()], -1).double()
-    moved = (full @ call.value.double().repeat_interleave(repeat, 1) - right)[..., 0].abs().amax() / right[..., 0].abs().amax()
+    moved = (full @ call.value.double().repeat_interleave(repeat, 1) - right)[..., 0].abs().amax() / right[
+        ..., 0
+    ].abs().amax()
     if float(moved) > 2 * call.allowed + 2 * tolerance(call):
         assert float(error) > call.allowed
