@@ -4,11 +4,11 @@
 2. Probe the model on real mixes whose stems are known (:mod:`aiba_eval.probe`), and score each instrument's word against
    the cells that its own stem dominates and against knowledge bands, beside what blind maps get.
 
-    DIR/generated/N-PROMPT/   audio.wav, maps.zarr, profile.png, overlay-WORD.png
-    DIR/pieces/TRACK/         maps.zarr, profile.png, overlay-WORD.png
-    DIR/scores.csv            one row per piece, instrument, mask and metric
-    DIR/summary.csv           means over pieces
-    DIR/demo.json             configuration, versions, summary, files
+    DIR/MODEL/generated/N-PROMPT/   audio.wav, maps.zarr, profile.png, overlay-WORD.png
+    DIR/MODEL/pieces/TRACK/         maps.zarr, profile.png, overlay-WORD.png
+    DIR/scores.csv                  one row per model, piece, instrument, mask and metric
+    DIR/summary.csv                 means over pieces
+    DIR/demo.json                   configuration, versions, summary, files
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from aiba_eval import references, templates
 from aiba_eval.grid import MelGrid, project
-from aiba_eval.loading import Loaded, models
+from aiba_eval.loading import Loaded
+from aiba_eval.loading import models as registered
 from aiba_eval.outputs import OutputFolder, write_csv
 from aiba_eval.probe import Encode, Predict, normalise, probe
 from aiba_eval.run import (
@@ -108,14 +109,14 @@ class DemoResult:
     record: dict[str, Any] = field(repr=False)
 
 
-def default_model() -> str:
-    """The first trained demo model that is registered, else ``demo:random``."""
-    names = [model.name for model in models() if model.name.startswith("demo:") and model.trained]
-    return names[0] if names else "demo:random"
+def default_models() -> list[str]:
+    """The trained demo models that are registered, else ``demo:random``."""
+    names = [model.name for model in registered() if model.name.startswith("demo:") and model.trained]
+    return names or ["demo:random"]
 
 
 def demo(
-    model: str | Loaded | Any | None = None,
+    models: str | Loaded | Any | None = None,
     *,
     out: str | Path = "aiba-demo",
     pieces: Sequence[Piece] | None = None,
@@ -137,8 +138,8 @@ def demo(
 
     Parameters
     ----------
-    model : str, Loaded or pipeline, optional
-        Default :func:`default_model`.
+    models : str, Loaded or pipeline, or a list of them, optional
+        Default :func:`default_models`. The same prompts, pieces and noise for each.
     out : path
         Folder to write. An earlier demo's is replaced unless ``overwrite`` is False; any other must be empty.
     pieces : sequence of Piece, optional
@@ -167,46 +168,46 @@ def demo(
     if not chosen:
         raise ValueError("no pieces to probe: pieces is empty")
     folder = OutputFolder(out, "demo", overwrite=overwrite)
-    loaded = as_loaded(default_model() if model is None else model, device=device, dtype=dtype, progress=tell)
+    wanted = default_models() if models is None else models if isinstance(models, list | tuple) else [models]
+    if not wanted:
+        raise ValueError("no models to show: models is empty")
     chosen = chosen[:max_pieces]
-    probed = []
-    for number, prompt in enumerate(prompts, 1):
-        made = generate(
-            loaded.pipeline, prompt, seed=seed, steps=steps, guidance=guidance, duration=duration, progress=tell
-        )
-        _write_generation(folder, f"generated/{number}-{file_name(prompt)}", made)
-    for done, piece in enumerate(chosen):
-        tell("probing real mixes", done, len(chosen))
-        probed.append(probe_piece(loaded.pipeline, piece, seconds=seconds, timesteps=timesteps, draws=draws, seed=seed))
-    rows = score_pieces(probed, progress=tell)
+    rows: list[Row] = []
+    notes: list[str] = []
+    described = {}
+    for one in wanted:
+        loaded = as_loaded(one, device=device, dtype=dtype, progress=tell)
+        if loaded.name in described:
+            raise ValueError(f"{loaded.name} is given twice: its outputs would overwrite each other")
+        under = file_name(loaded.name)
+        for number, prompt in enumerate(prompts, 1):
+            made = generate(
+                loaded.pipeline, prompt, seed=seed, steps=steps, guidance=guidance, duration=duration, progress=tell
+            )
+            _write_generation(folder, f"{under}/generated/{number}-{file_name(prompt)}", made)
+        probed = []
+        for done, piece in enumerate(chosen):
+            tell(f"probing real mixes with {loaded.name}", done, len(chosen))
+            probed.append(
+                probe_piece(loaded.pipeline, piece, seconds=seconds, timesteps=timesteps, draws=draws, seed=seed)
+            )
+        rows += [{"model": loaded.name, **row} for row in score_pieces(probed, progress=tell)]
+        for done, item in enumerate(probed):
+            tell("drawing", done, len(probed))
+            _write_piece(folder, f"{under}/pieces/{item.piece}", item, in_full=done == 0)
+        notes += _notes(loaded, probed)
+        described[loaded.name] = {
+            "pipeline": type(loaded.pipeline).__name__,
+            "trained": loaded.trained,
+            "device": loaded.device,
+            "dtype": loaded.dtype,
+        }
     summary = summarise(rows)
-    for done, item in enumerate(probed):
-        tell("drawing", done, len(probed))
-        under = f"pieces/{item.piece}"
-        item.maps.save(folder.file(f"{under}/maps.zarr"))
-        timestep, projected = next(iter(item.projected.items()))
-        bands = band_labels(band_templates(projected, grid_of(projected)))
-        draw(
-            folder,
-            under,
-            projected,
-            item.mix,
-            item.sample_rate,
-            {"its stem dominates": item.dominance, **bands},
-            masks=item.dominance,
-            mask_label="cells that the instrument's own stem dominates (more than half of the power)",
-            words=None if done == 0 else (),  # one piece in full
-            title=f"{item.piece}, probed at t = {timestep} with the prompt {item.prompt!r}",
-        )
     write_csv(folder.file("scores.csv"), rows)
     write_csv(folder.file("summary.csv"), summary)
-    notes = _notes(loaded, probed, summary)
+    notes = [*dict.fromkeys(notes), *_about_scores(len(chosen), summary)]
     record = {
-        "model": loaded.name,
-        "pipeline": type(loaded.pipeline).__name__,
-        "trained": loaded.trained,
-        "device": loaded.device,
-        "dtype": loaded.dtype,
+        "models": described,
         "seed": seed,
         "generated": {"prompts": list(prompts), "steps": steps, "guidance": guidance, "duration": duration},
         "probed": {
@@ -337,26 +338,31 @@ def score_pieces(probed: Sequence[Probed], *, progress: Progress | None = None) 
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
-    """Means over pieces per mask, word, noise level and metric, with how many pieces are in them.
+    """Means over pieces per model, mask, word, noise level and metric, with how many pieces are in them.
 
     The unit is the piece. A piece without a value (its reason says why) is left out of ``n`` and counted in
     ``without_value``; a reference's mean is over the same pieces as the value's, and undefined where one of them lacks
     it.
     """
-    groups: dict[tuple[str, str, int, str], list[Row]] = {}
+    keys = ("model", "mask", "word", "timestep", "metric")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["mask"], row["word"], row["timestep"], row["metric"]), []).append(row)
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     found = []
-    for (mask, word, timestep, metric), members in groups.items():
+    for group, members in groups.items():
         valued = [row for row in members if np.isfinite(row["value"])]
-        entry: Row = {"mask": mask, "word": word, "timestep": timestep, "metric": metric, "n": len(valued)}
+        entry: Row = {**dict(zip(keys, group, strict=True)), "n": len(valued)}
         entry["without_value"] = len(members) - len(valued)
         for column in ("mask_area", "value", *REFERENCES):
             values = [row.get(column, float("nan")) for row in valued]
             entry[column] = float(np.mean(values)) if values else float("nan")
         found.append(entry)
-    order = list(dict.fromkeys(row["mask"] for row in found))
-    return sorted(found, key=lambda row: (order.index(row["mask"]), -row["n"], row["word"], row["timestep"]))
+    order = list(dict.fromkeys((row["model"], row["mask"]) for row in found))
+
+    def place(row: Row) -> tuple[int, int, str, int]:
+        return order.index((row["model"], row["mask"])), -row["n"], row["word"], row["timestep"]
+
+    return sorted(found, key=place)
 
 
 def _write_generation(folder: OutputFolder, under: str, made: Generation) -> None:
@@ -368,16 +374,38 @@ def _write_generation(folder: OutputFolder, under: str, made: Generation) -> Non
     draw(folder, under, projected, made.audio, made.sample_rate, bands, words=instruments, title=made.prompt)
 
 
-def _notes(loaded: Loaded, probed: Sequence[Probed], summary: Sequence[Row]) -> list[str]:
-    notes = [random_weights(loaded.name)] if loaded.trained is False else []
-    notes.append(
-        f"means over {len(probed)} pieces; n is how many have the instrument. Fewer than {FEW_PIECES} say little about a class"
+def _write_piece(folder: OutputFolder, under: str, item: Probed, *, in_full: bool) -> None:
+    item.maps.save(folder.file(f"{under}/maps.zarr"))
+    timestep, projected = next(iter(item.projected.items()))
+    bands = band_labels(band_templates(projected, grid_of(projected)))
+    draw(
+        folder,
+        under,
+        projected,
+        item.mix,
+        item.sample_rate,
+        {"its stem dominates": item.dominance, **bands},
+        masks=item.dominance,
+        mask_label="cells that the instrument's own stem dominates (more than half of the power)",
+        words=None if in_full else (),
+        title=f"{item.piece}, probed at t = {timestep} with the prompt {item.prompt!r}",
     )
+
+
+def _notes(loaded: Loaded, probed: Sequence[Probed]) -> list[str]:
+    notes = [random_weights(loaded.name)] if loaded.trained is False else []
+    if not all(maps.attrs["frequency_resolved"] for item in probed for maps in item.projected.values()):
+        notes.append(f"{loaded.name}: {FLAT_IN_FREQUENCY}")
+    return notes
+
+
+def _about_scores(pieces: int, summary: Sequence[Row]) -> list[str]:
+    notes = [
+        f"means over {pieces} pieces; n is how many have the instrument. Fewer than {FEW_PIECES} say little about a class"
+    ]
     without = sum(row["without_value"] for row in summary if row["metric"] == "average_precision")
     if without:
         notes.append(f"{without} average precisions are undefined; scores.csv says why")
-    if not all(maps.attrs["frequency_resolved"] for item in probed for maps in item.projected.values()):
-        notes.append(FLAT_IN_FREQUENCY)
     notes.append("bands are fixed in hertz and the same at all times; dominance masks come from the pieces' own stems")
     return notes
 

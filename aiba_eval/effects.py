@@ -28,6 +28,7 @@ Contents
 --------
 
 * :func:`effect_map`: the maps, on real or generated audio.
+* :func:`edit_maps`: the same for pairs of texts, whatever differs between them.
 * :func:`effect_mass`, :func:`presence`: how much a word does; present words against absent and neutral ones.
 * :func:`agreement`: rank correlation of attention maps with effect maps, beside that of other words' maps.
 * :func:`clean_latent`, :func:`decode_audioldm2`, :func:`without_word`: the parts.
@@ -58,7 +59,7 @@ from aiba_eval.probe import (
     normalise,
     predict_audioldm2,
 )
-from aiba_hooks import Backbone
+from aiba_hooks import Backbone, UnknownBackbone
 from aiba_hooks.plugins import manager
 from aiba_hooks.words import check_words, distinct_words, find, split_words
 
@@ -110,7 +111,7 @@ def prediction_type(pipeline: Any) -> Literal["epsilon", "v_prediction", "sample
     Raises
     ------
     CannotProbe
-        Flow matching, or a scheduler that does not say.
+        Flow matching, a scheduler without cumulative alphas (EDM's: Stable Audio), or one that does not say.
     """
     scheduler = getattr(pipeline, "scheduler", None)
     config = getattr(scheduler, "config", None)
@@ -119,6 +120,11 @@ def prediction_type(pipeline: Any) -> Literal["epsilon", "v_prediction", "sample
         raise CannotProbe(
             f"{name} is for flow matching, whose clean latent this version does not compute: effect maps take epsilon, "
             "v_prediction and sample"
+        )
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise CannotProbe(
+            f"{name} has no alphas_cumprod: its noise levels are not those of a variance-preserving diffusion, from which "
+            "effect maps take the clean latent"
         )
     if kind == "epsilon" or kind == "v_prediction" or kind == "sample":
         return kind
@@ -234,6 +240,10 @@ class _Means:
         if not isinstance(own, Backbone):
             known = manager().collect("aiba_backbones")
             own = next((b for b in known if (b.matches(pipeline) if backbone is None else b.name == backbone)), None)
+            if own is None and backbone is not None:
+                raise UnknownBackbone(
+                    f"no backbone is named {backbone!r}; registered: {', '.join(b.name for b in known)}"
+                )
         if decode_mel is None:
             decode_mel = getattr(own, "decode_mel", decode_audioldm2)
         if mel is None and hasattr(own, "mel_grid"):
@@ -383,15 +393,11 @@ def effect_map(
     import torch
 
     _one_of("remove", remove, ("prompt", "values"))
-    _one_of("quantity", quantity, ("log", "energy"))
-    _one_of("part", part, ("positive", "signed"))
-    _one_of("levels", levels, ("mean", "each"))
-    levels_at, prompts = list(timesteps), [prompt] if isinstance(prompt, str) else list(prompt)
-    if not levels_at or draws < 1 or batch < 1 or not prompts:
-        raise ValueError(
-            f"need at least one prompt, timestep, draw and row, got {len(prompts)} prompts, timesteps={levels_at}, "
-            f"draws={draws}, batch={batch}"
-        )
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    _check_options(timesteps, draws, batch, quantity, part, levels, waveform, sample_rate, latents)
+    levels_at = list(timesteps)
+    if not prompts:
+        raise ValueError("need at least one prompt, got none")
     texts = dict(without or {})
     if texts and (remove != "prompt" or len(prompts) > 1):
         raise ValueError(
@@ -401,22 +407,14 @@ def effect_map(
     if len(set(requests)) != len(requests) or not requests:
         raise ValueError(f"words must be distinct and at least one, got {requests}")
     check_words([word for word in requests if word not in texts], prompts)
-    if (waveform is None) == (latents is None) or (waveform is not None and sample_rate is None):
-        raise ValueError("pass either waveform= with sample_rate=, or latents=")
 
     means = _Means.of(pipeline, backbone, encode, predict, decode_mel, mel)
     grid = MelGrid() if grid is None else grid
     with few_threads(pipeline), torch.no_grad():
-        if latents is None:
-            assert sample_rate is not None
-            clean = means.encode(pipeline, normalise(np.asarray(waveform)), sample_rate)
-        else:
-            clean = latents.to(pipeline._execution_device)
+        clean = _clean(means, waveform, sample_rate, latents)
         if len(clean) not in (1, len(prompts)):
             raise ValueError(f"{len(clean)} latents for {len(prompts)} prompts: pass one, or one for each")
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.cat([torch.randn(clean[:1].shape, generator=generator) for _ in range(draws)]).to(clean)
-
+        noise = _noise(clean, draws, seed)
         shape = (len(prompts), len(levels_at), len(requests))
         rasters: Floats | None = None
         for i, text in enumerate(prompts):
@@ -440,18 +438,131 @@ def effect_map(
             [texts[w] if w in texts else without_word(p, w) if find(w, p) else "" for w in requests] for p in prompts
         ]
         result = result.assign_coords(without=(("prompt", "word"), np.asarray(cut, str)))
-    result.attrs |= {
-        "remove": remove,
+    result.attrs |= {"remove": remove, **_described(pipeline, quantity, part, levels_at, draws, seed)}
+    return result if levels == "each" else result.mean("timestep", keep_attrs=True, skipna=False)
+
+
+def edit_maps(
+    pipeline: Any,
+    edits: Mapping[str, tuple[str, str]],
+    *,
+    waveform: ArrayLike | None = None,
+    sample_rate: int | None = None,
+    latents: Tensor | None = None,
+    timesteps: Sequence[int] = (300,),
+    draws: int = 4,
+    seed: int = 0,
+    quantity: Quantity = "log",
+    part: Part = "positive",
+    levels: Levels = "mean",
+    grid: MelGrid | None = None,
+    batch: int = 8,
+    backbone: Backbone | str | None = None,
+    encode: Encode | None = None,
+    predict: Predict | None = None,
+    decode_mel: DecodeMel | None = None,
+    mel: MelGrid | None = None,
+) -> DataArray:
+    """What the predicted audio of one text has that the predicted audio of another lacks, for pairs of texts.
+
+    :func:`effect_map` with ``remove="prompt"`` is the case (prompt, prompt less a word). A text that is in several pairs is
+    predicted once.
+
+    Parameters
+    ----------
+    edits : mapping of label to (text, text)
+        L⁺ is of the first text, L⁻ of the second.
+    pipeline, waveform, sample_rate, latents, timesteps, draws, seed, quantity, part, levels, grid, batch, backbone
+        As in :func:`effect_map`; one clean latent.
+    encode, predict, decode_mel, mel
+        As in :func:`effect_map`.
+
+    Returns
+    -------
+    DataArray of float32, dims (word, time, mel)
+        The labels along ``word``, with the coordinates ``with`` and ``without`` there: the texts. With ``levels="each"``
+        (timestep, word, time, mel). Other coordinates and attributes as in :func:`effect_map`, without ``remove``.
+
+    Raises
+    ------
+    CannotProbe, ValueError, aiba_hooks.AibaError
+        As :func:`effect_map`; also if there are no edits, or several latents.
+    """
+    import torch
+
+    _check_options(timesteps, draws, batch, quantity, part, levels, waveform, sample_rate, latents)
+    levels_at = list(timesteps)
+    if not edits:
+        raise ValueError("edits is empty: give a label and its two texts")
+    means = _Means.of(pipeline, backbone, encode, predict, decode_mel, mel)
+    grid = MelGrid() if grid is None else grid
+    with few_threads(pipeline), torch.no_grad():
+        clean = _clean(means, waveform, sample_rate, latents)
+        if len(clean) != 1:
+            raise ValueError(f"edit_maps takes one clean latent, got {len(clean)}")
+        noise = _noise(clean, draws, seed)
+        noised = [add_noise(pipeline, clean, noise, timestep) for timestep in levels_at]
+        texts = list(dict.fromkeys(text for pair in edits.values() for text in pair))
+        decoded = dict(zip(texts, _by_prompt(means, texts, noised, levels_at, batch), strict=True))
+        pairs = [(decoded[whole], decoded[lost]) for whole, lost in edits.values()]
+        rasters = np.stack([_difference(*pair, quantity, part).mean(axis=1) for pair in pairs], axis=1)
+    result = _on_grid(rasters[None], means.mel, grid, [""], levels_at, list(edits)).isel(prompt=0, drop=True)
+    sides = np.asarray(list(edits.values()), str)
+    result = result.assign_coords({"with": ("word", sides[:, 0]), "without": ("word", sides[:, 1])})
+    result.attrs |= _described(pipeline, quantity, part, levels_at, draws, seed)
+    return result if levels == "each" else result.mean("timestep", keep_attrs=True, skipna=False)
+
+
+def _check_options(
+    timesteps: Sequence[int],
+    draws: int,
+    batch: int,
+    quantity: str,
+    part: str,
+    levels: str,
+    waveform: ArrayLike | None,
+    sample_rate: int | None,
+    latents: Tensor | None,
+) -> None:
+    _one_of("quantity", quantity, ("log", "energy"))
+    _one_of("part", part, ("positive", "signed"))
+    _one_of("levels", levels, ("mean", "each"))
+    if not len(timesteps) or draws < 1 or batch < 1:
+        raise ValueError(
+            f"need at least one timestep, draw and row, got timesteps={list(timesteps)}, draws={draws}, batch={batch}"
+        )
+    if (waveform is None) == (latents is None) or (waveform is not None and sample_rate is None):
+        raise ValueError("pass either waveform= with sample_rate=, or latents=")
+
+
+def _clean(means: _Means, waveform: ArrayLike | None, sample_rate: int | None, latents: Tensor | None) -> Tensor:
+    if latents is not None:
+        return latents.to(means.pipeline._execution_device)
+    assert sample_rate is not None
+    return means.encode(means.pipeline, normalise(np.asarray(waveform)), sample_rate)
+
+
+def _noise(clean: Tensor, draws: int, seed: int) -> Tensor:
+    """The draws that :func:`aiba_eval.probe.probe` makes with this seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.randn(clean[:1].shape, generator=generator) for _ in range(draws)]).to(clean)
+
+
+def _described(
+    pipeline: Any, quantity: Quantity, part: Part, timesteps: Sequence[int], draws: int, seed: int
+) -> dict[str, Any]:
+    return {
         "quantity": quantity,
         "part": part,
         "units": "nats" if quantity == "log" else "power",
-        "timesteps": [int(t) for t in levels_at],
+        "timesteps": [int(t) for t in timesteps],
         "draws": int(draws),
         "seed": int(seed),
         "model": type(pipeline).__name__,
         "prediction_type": prediction_type(pipeline),
     }
-    return result if levels == "each" else result.mean("timestep", keep_attrs=True, skipna=False)
 
 
 def _one_of(name: str, value: str, options: Sequence[str]) -> None:
@@ -681,7 +792,7 @@ def presence(
     Raises
     ------
     ValueError
-        No present words, or an absent word is in the prompt.
+        No present words, an absent word is in the prompt, or a word is named twice.
     CannotProbe, aiba_hooks.AibaError
         As :func:`effect_map`.
     """
@@ -692,21 +803,29 @@ def presence(
     if there or not present:
         raise ValueError(f"absent words {there} are in the prompt {whole!r}" if there else "present is empty")
     asked = [(w, "present") for w in present] + [(w, "absent") for w in absent] + [(w, "neutral") for w in neutral]
-    masses, prompts = [], []
+    if len({word for word, _ in asked}) < len(asked):
+        raise ValueError(f"a word is named twice: {[word for word, _ in asked]}")
+    edits = {}
     for word, role in asked:
-        others = [other for other in present if other != word]
-        prompt = whole if role == "neutral" else compose([*others, word])
-        without = {word: compose(others)} if remove == "prompt" and role != "neutral" else None
-        maps = effect_map(pipeline, prompt, words=[word], remove=remove, without=without, **options)
-        masses.append(effect_mass(maps.drop_vars("without", errors="ignore")).isel(prompt=0, drop=True))
-        prompts.append(prompt)
-    joined = xarray.concat(masses, "word", coords="minimal", compat="override")
+        others = compose([other for other in present if other != word])
+        if role == "neutral":
+            edits[word] = (whole, without_word(whole, word))
+        else:
+            edits[word] = (compose([*(other for other in present if other != word), word]), others)
+    if remove == "prompt":
+        joined = effect_mass(edit_maps(pipeline, edits, **options)).drop_vars(["with", "without"])
+    else:
+        maps = [effect_map(pipeline, edits[w][0], words=[w], remove=remove, **options) for w in edits]
+        masses = [effect_mass(one).isel(prompt=0, drop=True) for one in maps]
+        joined = xarray.concat(masses, "word", coords="minimal", compat="override").assign_attrs(masses[0].attrs)
+    joined = joined.assign_attrs(remove=remove)
+    prompts = [edits[word][0] for word, _ in asked]
     roles = np.asarray([role for _, role in asked])
     yes, no = (np.atleast_2d(joined.values)[:, roles == role] for role in ("present", "absent"))
     wins = (yes[:, :, None] > no[:, None, :]) + 0.5 * (yes[:, :, None] == no[:, None, :])
     shares = [float(w.mean()) if w.size else float("nan") for w in wins]
     joined = joined.assign_coords(role=("word", roles), prompt=("word", prompts))
-    return joined.assign_attrs(masses[0].attrs, auroc=shares if joined.ndim == 2 else shares[0])
+    return joined.assign_attrs(auroc=shares if joined.ndim == 2 else shares[0])
 
 
 # ---- does attention say what a word does?

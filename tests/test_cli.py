@@ -326,7 +326,7 @@ def test_demo_prints_a_table_and_where_everything_is(tmp_path, monkeypatch):
     assert "t=300" in stdout
     assert "dominance" in stdout
     assert "demo:random has random weights" in stdout
-    assert "generated/1-a-bass/" in stdout
+    assert "demo-random/generated/1-a-bass/" in stdout
     assert "probing real mixes" in stderr
     document = json.loads(aiba("demo", "--model", "demo:random", "--pieces", 1, "--out", tmp_path / "out", "--json")[0])
     assert document["probed"]["pieces"]

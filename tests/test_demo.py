@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from aiba_eval import MelGrid, references, templates
 from aiba_eval.datasets import Piece
 from aiba_eval.demo import (
     REFERENCES,
-    default_model,
+    default_models,
     demo,
     probe_piece,
     prompt_of,
@@ -257,7 +258,14 @@ def test_the_class_prior_comes_from_the_other_pieces(made, pipe):
 
 
 def test_means_are_over_pieces_that_have_a_value():
-    base = {"mask": "dominance", "word": "bass", "timestep": 300, "metric": "average_precision", "mask_area": 0.1}
+    base = {
+        "model": "m",
+        "mask": "dominance",
+        "word": "bass",
+        "timestep": 300,
+        "metric": "average_precision",
+        "mask_area": 0.1,
+    }
     blind = dict.fromkeys(REFERENCES, 0.2)
     rows = [
         {**base, **blind, "piece": "a", "value": 0.5},
@@ -303,7 +311,7 @@ def test_scores_stand_beside_their_references(made):
 def test_the_summary_says_how_many_pieces(made):
     record = json.loads((made.out / "demo.json").read_text(encoding="utf-8"))
     assert record["complete"] is True
-    assert record["trained"] is False
+    assert record["models"]["demo:random"]["trained"] is False
     bass = [
         r
         for r in record["summary"]
@@ -325,7 +333,7 @@ def test_untrained_maps_score_near_chance(made):
 
 def test_the_same_seed_gives_the_same_scores_over_the_former_output(made, loaded):
     (made.out / "mine.txt").write_text("a note", encoding="utf-8")
-    (made.out / "pieces" / "stale.txt").write_text("not in the manifest", encoding="utf-8")
+    (made.out / "demo-random" / "pieces" / "stale.txt").write_text("not in the manifest", encoding="utf-8")
     again = demo(loaded, out=made.out, **SMALL)
     assert again.files == made.files
     assert len(again.scores) == len(made.scores)
@@ -334,7 +342,7 @@ def test_the_same_seed_gives_the_same_scores_over_the_former_output(made, loaded
         for key in one:
             np.testing.assert_equal(other[key], one[key])
     assert (made.out / "mine.txt").read_text(encoding="utf-8") == "a note"
-    assert (made.out / "pieces" / "stale.txt").exists()
+    assert (made.out / "demo-random" / "pieces" / "stale.txt").exists()
 
 
 def test_another_seed_gives_other_scores(made, loaded, tmp_path):
@@ -353,19 +361,38 @@ def test_a_folder_of_others_is_refused_before_anything_runs(tmp_path):
 def test_no_pieces_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="pieces is empty"):
         demo(out=tmp_path, pieces=[])
+    with pytest.raises(ValueError, match="models is empty"):
+        demo([], out=tmp_path)
 
 
-def test_the_first_trained_demo_model_is_the_default():
-    assert default_model() in {m.name for m in manager().collect("aiba_models")}
+def test_the_trained_demo_models_are_the_default(monkeypatch):
+    assert set(default_models()) <= {m.name for m in manager().collect("aiba_models")}
 
     class Plugin:
         @hookimpl
         def aiba_models(self):
-            return [Model("other:unet", "", object), Model("demo:unet", "", object)]
+            return [Model("other:unet", "", object), Model("demo:mine", "", object)]
 
     plugin = Plugin()
     manager().pluggy.register(plugin)
     try:
-        assert default_model() == "demo:unet"
+        assert "demo:mine" in default_models()
+        assert not {"other:unet", "demo:random"} & set(default_models())
     finally:
         manager().pluggy.unregister(plugin)
+    monkeypatch.setattr("aiba_eval.demo.registered", lambda: [])
+    assert default_models() == ["demo:random"]
+
+
+def test_two_models_stand_side_by_side(loaded, tmp_path):
+    other = replace(loaded, name="demo:other")
+    both = demo([loaded, other], out=tmp_path / "o", **{**SMALL, "max_pieces": 1, "seconds": 0.64})
+    assert list(both.record["models"]) == ["demo:random", "demo:other"]
+    for name in ("demo-random", "demo-other"):
+        assert (both.out / name / "generated" / "1-a-bass-and-drums" / "audio.wav").is_file()
+    one, two = ([row for row in both.summary if row["model"] == name] for name in both.record["models"])
+    assert len(one) == len(two) > 0
+    # the same weights, noise and pieces: the same scores
+    np.testing.assert_equal([{**row, "model": ""} for row in one], [{**row, "model": ""} for row in two])
+    with pytest.raises(ValueError, match="demo:random is given twice"):
+        demo([loaded, loaded], out=tmp_path / "p", **{**SMALL, "max_pieces": 1, "seconds": 0.64, "prompts": []})

@@ -189,6 +189,12 @@ def test_the_dit_pipeline_s_own_options(pipes):
     given = torch.randn(1, 8, 32, 16, generator=torch.Generator().manual_seed(0))
     np.testing.assert_array_equal(make(pipe, latents=given), make(pipe))
     assert not np.array_equal(make(pipe, negative_prompt="piano"), make(pipe))
+    seen = []
+    watched = make(pipe, callback_on_step_end=lambda p, i, t, v: seen.append((i, int(t))) or {})
+    assert seen == [(0, 999), (1, 499)]
+    np.testing.assert_array_equal(watched, make(pipe))
+    silent = make(pipe, output_type="latent", callback_on_step_end=lambda p, i, t, v: {"latents": 0 * v["latents"]})
+    assert not silent.any()
     with pytest.raises(ValueError, match="latents must have shape"):
         make(pipe, latents=given[:, :, :3])
     with pytest.raises(ValueError, match="positive"):

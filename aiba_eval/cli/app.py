@@ -195,8 +195,8 @@ def diagnose(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo's is replaced.")] = Path("aiba-demo"),
     model: Annotated[
-        str | None,
-        typer.Option(help="As for `aiba run`. Default: a trained demo model if there is one, else demo:random."),
+        list[str] | None,
+        typer.Option(help="As for `aiba run`; repeat for more. Default: the trained demo models, else demo:random."),
     ] = None,
     seed: Seed = 0,
     pieces: Annotated[int | None, typer.Option(min=1, help="Probe so many pieces at most.")] = None,

@@ -138,7 +138,8 @@ class Report:
         if self.json:
             self.document({"out": result.out, "files": result.files, **result.record})
             return
-        self.out.print(_demo_table(result.summary))
+        for model in dict.fromkeys(row["model"] for row in result.summary):
+            self.out.print(_demo_table(model, [row for row in result.summary if row["model"] == model]))
         self._close(result)
 
     def stems(self, summary: Any) -> None:
@@ -302,10 +303,10 @@ def _common_ending(names: Sequence[str]) -> str:
     return "".join(f".{part}" for part in shared)
 
 
-def _demo_table(summary: Sequence[Row]) -> Table:
+def _demo_table(model: str, summary: Sequence[Row]) -> Table:
     shown = [row for row in summary if row["metric"] == "average_precision"]
     levels = sorted({row["timestep"] for row in shown})
-    table = _table("Average precision on real mixes at noise levels t, mean over n pieces")
+    table = _table(f"{escape(model)}: average precision on real mixes at noise levels t, mean over n pieces")
     for heading in ("mask", "word"):
         table.add_column(heading, no_wrap=True)
     for heading in ("n", *(f"t={level}" for level in levels), *BESIDE.values()):

@@ -7,6 +7,7 @@ masked, the unconditional text is all zeros, and one token with the noise level 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ class MelDiTPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "np",
         return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
     ) -> Any:
         """Generate audio.
 
@@ -148,6 +150,8 @@ class MelDiTPipeline(DiffusionPipeline):
         latents : first noise [batch, channels, time, bands] instead
         output_type : ``"np"``, ``"pt"`` or ``"latent"`` (clean latents, scaled)
         return_dict : False for a plain tuple
+        callback_on_step_end : ``callback(pipeline, step, timestep, {"latents": …})`` after each step, as in diffusers: latents
+            that it returns (folded: [batch, channels × bands, time]) go into the next step
 
         Returns
         -------
@@ -175,13 +179,15 @@ class MelDiTPipeline(DiffusionPipeline):
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         sample = self.fold(latents.to(device, embeds.dtype)) * self.scheduler.init_noise_sigma
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = torch.cat([sample, sample]) if guided else sample
             prediction = self.predict(self.scheduler.scale_model_input(model_input, timestep), timestep, embeds)
             if guided:
                 null, conditional = prediction.chunk(2)
                 prediction = null + guidance_scale * (conditional - null)
             sample = self.scheduler.step(prediction, timestep, sample, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                sample = callback_on_step_end(self, step, timestep, {"latents": sample}).get("latents", sample)
         self.maybe_free_model_hooks()
         audio: Any = self.unfold(sample)
         if output_type != "latent":
