@@ -462,12 +462,8 @@ def _read(given: Any) -> _Subject:
 
 def _token_counts(capture: Any) -> dict[tuple[str, str], dict[str, int]]:
     """(site, prompt) → word → how many tokens it has, as far as a capture tells; nothing for maps."""
-    counts: dict[tuple[str, str], dict[str, int]] = {}
-    for (run, _, _), store in getattr(capture, "_stores", {}).items():
-        conditioning = capture._runs[run].conditioning
-        for prompt, groups in zip(conditioning.prompts if conditioning is not None else (), store.groups, strict=False):
-            counts[store.site.name, prompt] = {name: len(positions) for name, positions in groups.items()}
-    return counts
+    groups = getattr(capture, "token_groups", {})
+    return {key: {name: len(positions) for name, positions in of.items()} for key, of in groups.items()}
 
 
 def _blank_prompts(array: DataArray) -> int:

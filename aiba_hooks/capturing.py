@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import inspect
 import math
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -28,20 +25,21 @@ from aiba_hooks.errors import (
     BackboneMismatch,
     CaptureBudgetExceeded,
     CheckColumnError,
-    DegeneratePooling,
     LatticeMismatch,
     NothingCaptured,
     UnknownBackbone,
 )
 from aiba_hooks.kernel import Kernel
 from aiba_hooks.maps import AttentionMaps, build
+from aiba_hooks.options import Options
 from aiba_hooks.plugins import manager
+from aiba_hooks.runs import Run, batch_of, observe_method, owner_of, seeds_of
 from aiba_hooks.sites import Site, SourceWatch, calling_module, site_names
-from aiba_hooks.tagging import KINDS, Tag, from_lengths, from_sources
+from aiba_hooks.stores import Spans, Store, key_groups, size_text
+from aiba_hooks.tagging import Tag, from_lengths, from_sources
 from aiba_hooks.words import check_words, distinct_words, merge_groups
 
 Branch = Literal["conditional", "unconditional", "both"]
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def capture(
@@ -110,80 +108,36 @@ def capture(
     ...     audio = pipe("a bass and drums", num_inference_steps=50).audios
     >>> cap.maps["up_blocks.0.attentions.2.transformer_blocks.0.attn2"]  # doctest: +SKIP
     """
-    return Capture(target, words, kinds, layers, steps, branch, heads, keep, pooling, reduce_steps, budget, backbone)
-
-
-@dataclass
-class _Run:
-    """One pipeline call inside the block."""
-
-    conditioning: Conditioning | None = None
-    forwards: int = 0
-    steps: list[Step] = field(default_factory=list)
-    order: list[int] | None = None
-    seeds: list[int] | None = None
-    selected: set[int] | None = None
-    total: int | None = None
-
-
-@dataclass
-class _Store:
-    """What is kept of one site in one run."""
-
-    site: Site
-    lattice: Any = None
-    queries: slice = field(default_factory=lambda: slice(None))  # the latent's own tokens
-    segments: Sequence[Segment] | None = None
-    keys: int = 0
-    names: list[str] = field(default_factory=list)
-    groups: list[dict[str, list[int]]] = field(default_factory=list)
-    mode: str = "pooled"  # "pooled", "received", "max" (Eq. 5 of a self site), "full", or "from_text" (joint)
-    selector: Tensor | None = None
-    branches: list[str] = field(default_factory=list)
-    values: dict[tuple[int, str], Tensor] = field(default_factory=dict)  # (step, branch) -> [rows, (heads), ...]
-    sums: dict[str, Tensor] = field(default_factory=dict)  # branch -> running weighted sum
-    weight: dict[str, float] = field(default_factory=dict)
-    seen: list[int] = field(default_factory=list)
+    options = Options.read(
+        words=words,
+        kinds=kinds,
+        layers=layers,
+        steps=steps,
+        branch=branch,
+        heads=heads,
+        keep=keep,
+        pooling=pooling,
+        reduce_steps=reduce_steps,
+        budget=budget,
+    )
+    return Capture(target, options, backbone)
 
 
 class Capture:
     """A capture in progress. Made by :func:`capture`; enter it once."""
 
-    def __init__(
-        self,
-        target: Any,
-        words: Sequence[str] | Mapping[str, float] | None,
-        kinds: Sequence[str],
-        layers: str | Sequence[str],
-        steps: Sequence[int] | slice | None,
-        branch: str,
-        heads: str,
-        keep: str,
-        pooling: str,
-        reduce_steps: bool | str | Sequence[float],
-        budget: str | int,
-        backbone: Backbone | str | None,
-    ) -> None:
+    def __init__(self, target: Any, options: Options, backbone: Backbone | str | None) -> None:
         self.target = target
-        self._relevance = {str(k): float(v) for k, v in words.items()} if isinstance(words, Mapping) else None
-        self._words = [words] if isinstance(words, str) else None if words is None else [str(word) for word in words]
-        self._kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-        self._layers = [layers] if isinstance(layers, str) else list(layers)
-        self._steps = steps
-        self._branches = ("conditional", "unconditional") if branch == "both" else (branch,)
-        self._heads, self._keep, self._pooling = heads, keep, pooling
-        self._budget = parse_bytes(budget)
-        self._reduce = reduce_steps
-        self._check_options(branch)
+        self.options = options
         self._backbone_request = backbone
         self.backbone: Backbone | None = None
 
         self.listening = False
         self._entered = self._closed = False
-        self._runs: list[_Run] = []
+        self._runs: list[Run] = []
         self._sites: dict[tuple[str, int], Site] = {}
-        self._stores: dict[tuple[int, str, int], _Store] = {}
-        self._from_text: dict[tuple[int, str, int], _Store] = {}
+        self._stores: dict[tuple[int, str, int], Store] = {}
+        self._from_text: dict[tuple[int, str, int], Store] = {}
         self._segments: dict[tuple[str, int], Sequence[Segment]] = {}
         self._differential = DifferentialCheck()
         self._checks: dict[tuple[str, int], tuple[Tensor, float]] = {}
@@ -198,40 +152,6 @@ class Capture:
         #: attention that ran in the first forward without an intercepted kernel
         self.uncovered: list[Uncovered] = []
         self._failed: BaseException | None = None
-
-    # ---- options
-
-    def _check_options(self, branch: str) -> None:
-        _one_of("branch", branch, ("conditional", "unconditional", "both"))
-        _one_of("heads", self._heads, ("mean", "all"))
-        _one_of("keep", self._keep, ("pooled", "full"))
-        _one_of("pooling", self._pooling, selectors.POOLINGS)
-        if not self._kinds:
-            raise ValueError("kinds is empty: choose from " + ", ".join(KINDS))
-        for kind in self._kinds:
-            _one_of("kinds", kind, KINDS)
-        if self._words is not None and not self._words:
-            raise ValueError("words is an empty list: name words of the prompt, or pass None for every word")
-        if self._steps is not None and not isinstance(self._steps, slice):
-            if isinstance(self._steps, int) or not all(isinstance(step, int) for step in self._steps):
-                raise ValueError(f"steps must be a list of indices, a slice or None, got {self._steps!r}")
-            if not self._steps:
-                raise ValueError("steps is an empty list: nothing would be captured")
-        if isinstance(self._reduce, str) and self._reduce != "uniform":
-            raise ValueError(f"reduce_steps must be False, 'uniform' or a sequence of weights, got {self._reduce!r}")
-        if not isinstance(self._reduce, (bool, str)):
-            self._reduce = [float(weight) for weight in self._reduce]
-            if not self._reduce or min(self._reduce) < 0 or not sum(self._reduce) > 0:
-                raise ValueError("reduce_steps weights must be non-negative and not all zero")
-        if self._pooling == "weighted" and self._relevance is None:
-            raise ValueError(
-                "pooling='weighted' needs words as a mapping of word to relevance: words={'bass': 1.0, ...}"
-            )
-        if self._keep == "pooled" and self._pooling == "mean" and self._words is None:
-            raise DegeneratePooling(
-                "pooling='mean' without words is the mean over all keys, which is 1/Tk for every query whatever the model "
-                "does. Name words: words=['bass'], or use pooling='max' or 'logmean'"
-            )
 
     # ---- entering and leaving
 
@@ -267,7 +187,7 @@ class Capture:
             for undo in fastpaths.watch_forward(denoiser, self._before_forward, self._after_forward):
                 stack.callback(undo)
             if self.backbone is None:
-                self._runs.append(_Run())
+                self._runs.append(Run())
             else:
                 watched = (*self.backbone.prompt_methods, *self.backbone.observed_methods)
                 if watched and not any(owner_of(self.target, name) is not None for name in watched):
@@ -329,7 +249,7 @@ class Capture:
                 f"no backbone recognises {type(self.target).__name__} (registered: {names}). Install a plugin for it, pass "
                 "backbone=..., or capture its denoiser module with keep='full'"
             )
-        if self._keep == "pooled":
+        if self.options.keep == "pooled":
             raise ValueError(
                 f"keep='pooled' pools over the words of a prompt, and no backbone says which keys of "
                 f"{type(self.target).__name__} are words. Pass keep='full', or the pipeline instead of its module"
@@ -354,13 +274,14 @@ class Capture:
                 "prompt is unknown. Encode the prompt inside the with block"
             )
         run = self._runs[-1]
-        self._batch = _batch_of(bound.arguments)
-        self._settle_waveforms(run)
-        self._step, self._branch_rows = self._place_in_schedule(run)
+        self._batch = batch_of(bound.arguments)
+        if self.backbone is not None:
+            run.settle_waveforms(self.backbone, self._batch)
+        self._step, self._branch_rows = run.place(self.backbone, self.target, self._arguments)
         if self._step == len(run.steps):
             run.steps.append(self.backbone.step(self.target, self._arguments) if self.backbone is not None else Step())
             if self._step == 0:
-                self._resolve_steps(run)
+                run.select(self.options.steps, self.backbone.steps(self.target) if self.backbone is not None else None)
         self._forward_calls = {}
         first = run is self._runs[0] and run.forwards == 0
         self._watch.enabled = first
@@ -378,64 +299,6 @@ class Capture:
         self._audit.stop()
         self._arguments = {}
 
-    def _settle_waveforms(self, run: _Run) -> None:
-        """Where the backbone leaves the number of waveforms open, the batch that the denoiser is given tells it."""
-        conditioning, backbone = run.conditioning, self.backbone
-        if conditioning is None or backbone is None or conditioning.waveforms is not None:
-            return
-        held = conditioning.guided and backbone.batched and not backbone.branches_inside
-        branches = len(backbone.branches) if held else 1
-        per_prompt, rest = divmod(self._batch or 0, branches * len(conditioning.prompts))
-        if rest or not per_prompt:
-            raise BackboneMismatch(
-                f"the denoiser's batch is {self._batch}, which {len(conditioning.prompts)} prompts × {branches} guidance "
-                f"branches do not divide (backbone {backbone.name!r})"
-            )
-        run.conditioning = replace(conditioning, waveforms=per_prompt)
-
-    def _place_in_schedule(self, run: _Run) -> tuple[int, dict[str, tuple[int, int] | None]]:
-        """Step index of this forward, and which of its rows belong to which branch (None: all of them)."""
-        backbone, conditioning = self.backbone, run.conditioning
-        if backbone is None or conditioning is None:
-            return run.forwards, {}
-        if not backbone.guided(self.target, self._arguments, conditioning):
-            return run.forwards, {"conditional": None}
-        if backbone.batched:
-            rows = conditioning.rows
-            return run.forwards, {b: (i * rows, (i + 1) * rows) for i, b in enumerate(backbone.branches)}
-        step, position = divmod(run.forwards, len(backbone.branches))
-        return step, {backbone.branches[position]: None}
-
-    def _resolve_steps(self, run: _Run) -> None:
-        total = self.backbone.steps(self.target) if self.backbone is not None else None
-        run.total = total
-        if self._steps is None:
-            return
-        if isinstance(self._steps, slice):
-            bounds = (self._steps.start or 0, self._steps.stop or 0, self._steps.step or 1)
-            if total is None and min(bounds) < 0:
-                raise ValueError(f"steps={self._steps} counts from the end, but the number of steps is not known here")
-            stop = total if total is not None else sys.maxsize
-            run.selected = None if total is None else set(range(*self._steps.indices(stop)))
-            return
-        if total is None and min(self._steps) < 0:
-            raise ValueError(
-                f"steps={list(self._steps)} counts from the end, but the number of steps is not known here"
-            )
-        chosen = {step + total if step < 0 and total is not None else step for step in self._steps}
-        if total is not None and not all(0 <= step < total for step in chosen):
-            raise ValueError(f"steps={list(self._steps)} reaches outside the {total} steps of this run")
-        run.selected = chosen
-
-    def _wants_step(self, run: _Run) -> bool:
-        if run.selected is not None:
-            return self._step in run.selected
-        if isinstance(self._steps, slice):
-            start, step = self._steps.start or 0, self._steps.step or 1
-            inside = self._step >= start and (self._steps.stop is None or self._step < self._steps.stop)
-            return inside and (self._step - start) % step == 0
-        return True
-
     def method_called(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
         """A method of the pipeline that the backbone watches has returned."""
         assert self.backbone is not None
@@ -449,13 +312,13 @@ class Capture:
             self._calls = []
             if self._runs and not self._runs[-1].forwards:
                 self._runs.pop()  # encoded again before denoising: the last prompt counts
-            if self._words is not None:
-                check_words(self._words, conditioning.prompts)
-            self._runs.append(_Run(conditioning))
+            if self.options.words is not None:
+                check_words(self.options.words, conditioning.prompts)
+            self._runs.append(Run(conditioning))
         if name == self.backbone.ranking_method and self._runs:
             self._runs[-1].order = [int(row) for row in self.backbone.order(self.target, arguments, result)]
         elif name == "prepare_latents" and self._runs:
-            self._runs[-1].seeds = _seeds(arguments.get("generator"))
+            self._runs[-1].seeds = seeds_of(arguments.get("generator"))
 
     def observe(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -484,11 +347,11 @@ class Capture:
         site.calls += 1
         if self._watch.enabled:
             self._differential.note(name, call)
-        if not self._wants(site) or not self._wants_step(run):
+        if not self._wants(site) or not run.wants(self._step, self.options.steps):
             return None
         return self._act(site, (name, index), call, run)
 
-    def _act(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> interception.Edited | None:
+    def _act(self, site: Site, key: tuple[str, int], call: AttentionCall, run: Run) -> interception.Edited | None:
         """What is done with a call that was chosen."""
         with torch.inference_mode(False), torch.no_grad():
             self._keep_call(site, key, call.prepared(), run)
@@ -496,7 +359,7 @@ class Capture:
 
     # ---- sites
 
-    def _site(self, name: str, index: int, module: Any, call: AttentionCall, run: _Run) -> Site:
+    def _site(self, name: str, index: int, module: Any, call: AttentionCall, run: Run) -> Site:
         site = self._sites.get((name, index))
         shapes = tuple(call.query.shape), tuple(call.key.shape)
         if site is None:
@@ -507,7 +370,7 @@ class Capture:
             site.query_shape, site.key_shape = shapes
         return site
 
-    def _tag(self, name: str, module: Any, call: AttentionCall, run: _Run) -> Tag:
+    def _tag(self, name: str, module: Any, call: AttentionCall, run: Run) -> Tag:
         queries, keys = call.queries, call.keys
         tag = call.tag
         if tag is None and self._watch.enabled:
@@ -523,7 +386,7 @@ class Capture:
             return Tag(tag.kind, stream, tag.evidence)
         return tag
 
-    def _lay_out(self, name: str, index: int, module: Any, call: AttentionCall, tag: Tag, run: _Run) -> Tag:
+    def _lay_out(self, name: str, index: int, module: Any, call: AttentionCall, tag: Tag, run: Run) -> Tag:
         """Ask the backbone for segments and signs; a site with segments is joint, whatever its projections read."""
         if self.backbone is None:
             return tag
@@ -545,17 +408,21 @@ class Capture:
         self._differential.declare(name, module, self.backbone.signs(info))
         return tag
 
-    def _site_call(self, name: str, module: Any, queries: int, keys: int, tag: Tag, run: _Run) -> SiteCall:
+    def _site_call(self, name: str, module: Any, queries: int, keys: int, tag: Tag, run: Run) -> SiteCall:
         return SiteCall(name, module, queries, keys, tag, self._arguments, self.target, run.conditioning)
 
     def _wants(self, site: Site) -> bool:
         if site.captured:
             return True
-        if not any(fnmatch.fnmatchcase(site.name, pattern) for pattern in self._layers):
-            site.reason = f"name does not match layers={self._layers}"
-        elif site.tag.kind not in self._kinds:
-            site.reason = f"tagged {site.tag.kind}, not in kinds={self._kinds}"
-        elif self._keep == "pooled" and site.tag.kind in ("cross", "joint", "unknown") and not self._has_words(site):
+        if not any(fnmatch.fnmatchcase(site.name, pattern) for pattern in self.options.layers):
+            site.reason = f"name does not match layers={self.options.layers}"
+        elif site.tag.kind not in self.options.kinds:
+            site.reason = f"tagged {site.tag.kind}, not in kinds={self.options.kinds}"
+        elif (
+            self.options.keep == "pooled"
+            and site.tag.kind in ("cross", "joint", "unknown")
+            and not self._has_words(site)
+        ):
             site.reason = f"its keys ({site.stream or 'no known stream'}) are not aligned with words; use keep='full'"
         else:
             return True
@@ -569,15 +436,15 @@ class Capture:
 
     # ---- keeping
 
-    def _keep_call(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> None:
+    def _keep_call(self, site: Site, key: tuple[str, int], call: AttentionCall, run: Run) -> None:
         rows = self._rows(site, call, run)
-        wanted = {b: span for b, span in self._branch_rows.items() if b in self._branches} or (
+        wanted = {b: span for b, span in self._branch_rows.items() if b in self.options.branches} or (
             {} if self._branch_rows else {"": None}
         )
         if not wanted:
             if not site.captured:
                 known = ", ".join(self._branch_rows)
-                site.reason = f"branch={self._branches[0]!r} is not in this forward ({known})"
+                site.reason = f"branch={self.options.branches[0]!r} is not in this forward ({known})"
             return
         store_key = (len(self._runs) - 1, *key)
         store = self._stores.get(store_key)
@@ -588,75 +455,22 @@ class Capture:
                 f"{site.label}: {call.keys} keys in the {' and '.join(wanted)} forward, {store.keys} before: a negative prompt of "
                 "another length does not share the prompt's positions. Capture one branch at a time"
             )
-        site.captured, site.reason = True, self._keep
+        site.captured, site.reason = True, self.options.keep
         self._reserve(site, store, call, wanted, rows)
-        values, error, sums = self._ask(store, call, rows, run)
+        values, error, sums = store.ask(call, rows, run.conditioning)
         self._note_check(key, call, error)
         if sums is not None:
             self._note_sums(key, sums)
         if store.mode != "received":
             values = values[..., store.queries, :]
-        self._put(store, values, wanted, run)
+        store.add(values, wanted, self._step)
         if store.segments is not None and store.mode == "pooled" and call.queries == call.keys:
-            beside = self._from_text.setdefault(store_key, self._open_from_text(store))
+            assert run.conditioning is not None
+            beside = self._from_text.setdefault(store_key, store.from_text())
             self._reserve(site, beside, call, wanted, rows)
-            self._put(beside, self._ask_from_text(beside, call, rows, run), wanted, run)
+            beside.add(beside.ask_from_text(call, rows, run.conditioning), wanted, self._step)
 
-    def _put(self, store: _Store, values: Tensor, wanted: Mapping[str, tuple[int, int] | None], run: _Run) -> None:
-        """Add one call's values [rows, ...] to what is kept."""
-        for branch, span in wanted.items():
-            part = values if span is None else values[span[0] : span[1]]
-            if branch not in store.branches:
-                store.branches.append(branch)
-            if self._reduce is False:
-                # a slice would keep the whole batch alive
-                store.values[self._step, branch] = (
-                    part.clone() if part.shape != values.shape or part._is_view() else part
-                )
-            else:
-                weight = self._step_weight(run)
-                held = store.sums.get(branch)
-                store.sums[branch] = part * weight if held is None else held.add_(part, alpha=weight)
-                store.weight[branch] = store.weight.get(branch, 0.0) + weight
-        if self._step not in store.seen:
-            store.seen.append(self._step)
-
-    def _open_from_text(self, store: _Store) -> _Store:
-        """Beside a joint site's word maps: what the words' own queries attend to in the audio."""
-        names = [name for name in store.names if name != "(audio)"]
-        return replace(
-            store, mode="from_text", names=names, selector=None, branches=[], values={}, sums={}, weight={}, seen=[]
-        )
-
-    def _ask_from_text(self, store: _Store, call: AttentionCall, rows: int, run: _Run) -> Tensor:
-        """[rows, (heads), audio keys, groups]: the mean over a word's queries of their probabilities of each audio key."""
-        audio = torch.arange(call.keys, device=call.value.device)[store.queries]
-        per_row = self._row_groups(store, run, rows, 1)
-        weights = selectors.columns(per_row, store.names, call.keys, "mean").to(call.value.device)
-        counts = torch.tensor([[max(len(groups.get(name, ())), 1) for name in store.names] for groups in per_row])
-        share = [[1.0 if not name.startswith("(") else 1.0 / int(n) for name, n in zip(store.names, row, strict=True)]
-                 for row in counts]  # fmt: skip
-        weights = weights * torch.tensor(share, device=weights.device)[:, None, :]
-        parts = [
-            torch.einsum("r...qk,rqg->r...kg", self._heads_of(answer, rows), weights)
-            for _, answer, _ in call.ask_keys(audio)
-        ]
-        return torch.cat(parts, -2)
-
-    def _heads_of(self, answer: Tensor, rows: int) -> Tensor:
-        """An answer as [rows, (heads), Tq, columns] float32."""
-        if answer.shape[0] != rows:  # heads folded into the batch
-            answer = answer.reshape(rows, -1, *answer.shape[-2:])
-        return answer.float().mean(1) if self._heads == "mean" else answer.float()
-
-    def _step_weight(self, run: _Run) -> float:
-        if not isinstance(self._reduce, list):
-            return 1.0
-        if self._step >= len(self._reduce):
-            raise ValueError(f"reduce_steps gives {len(self._reduce)} weights, but the run reached step {self._step}")
-        return self._reduce[self._step]
-
-    def _rows(self, site: Site, call: AttentionCall, run: _Run) -> int:
+    def _rows(self, site: Site, call: AttentionCall, run: Run) -> int:
         """Rows of the denoiser's batch; a kernel called with heads folded into the batch has a multiple of them."""
         batch = call.query.shape[0]
         if run.conditioning is None or self.backbone is None:
@@ -673,8 +487,8 @@ class Capture:
             f"are {rows} rows (backbone {self.backbone.name!r})"
         )
 
-    def _open_store(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> _Store:
-        store = _Store(site, mode=self._keep, segments=self._segments.get(key), keys=call.keys)
+    def _open_store(self, site: Site, key: tuple[str, int], call: AttentionCall, run: Run) -> Store:
+        store = Store(site, self.options, mode=self.options.keep, segments=self._segments.get(key), keys=call.keys)
         queries = call.queries
         if store.segments is not None:
             start = 0
@@ -689,121 +503,43 @@ class Capture:
                 self._site_call(site.name, site.module, queries, call.keys, site.tag, run)
             )
         conditioning = run.conditioning
-        if self._keep == "full" or conditioning is None:
+        if self.options.keep == "full" or conditioning is None:
             return store
         if site.name in self._differential.signs and self._nonlinear(site):
             raise ValueError(
-                f"{site.name}: its attention is a signed sum of calls, and pooling={self._pooling!r} of a sum is not the sum of "
+                f"{site.name}: its attention is a signed sum of calls, and pooling={self.options.pooling!r} of a sum is not the sum of "
                 "poolings. Use pooling='sum', 'mean' or 'weighted', or keep='full'"
             )
         if site.tag.kind == "self":
-            store.mode = "max" if self._pooling == "max" else "received"
+            store.mode = "max" if self.options.pooling == "max" else "received"
             store.names = ["(max)" if store.mode == "max" else "(received)"]
             return store
         prompts = conditioning.prompts
-        requests = self._words if self._words is not None else distinct_words(prompts)
+        requests = self.options.words if self.options.words is not None else distinct_words(prompts)
         layout = store.segments or [Segment(call.keys, site.stream)]
-        store.groups = [self._groups(site, layout, row, requests, conditioning) for row in range(len(prompts))]
+        name = self.backbone.name if self.backbone is not None else ""
+        store.groups = [key_groups(site, layout, row, requests, conditioning, name) for row in range(len(prompts))]
         store.names = merge_groups(store.groups, requests)
         for groups in store.groups:
-            selectors.refuse_degenerate(groups, call.keys, self._pooling, site.label)
+            selectors.refuse_degenerate(groups, call.keys, self.options.pooling, site.label)
         return store
 
     def _nonlinear(self, site: Site) -> bool:
         """Whether the chosen pooling is no linear function of this site's probabilities."""
         if site.tag.kind == "self":
-            return self._pooling == "max"  # anything else is the attention received
-        return self._pooling not in selectors.LINEAR
+            return self.options.pooling == "max"  # anything else is the attention received
+        return self.options.pooling not in selectors.LINEAR
 
-    def _groups(
-        self, site: Site, layout: Sequence[Segment], row: int, requests: Sequence[str], conditioning: Conditioning
-    ) -> dict[str, list[int]]:
-        """Key positions by group for one prompt, over every segment of the keys."""
-        streams = {stream.name: stream for stream in conditioning.streams}
-        merged: dict[str, list[int]] = {}
-        start = 0
-        for segment in layout:
-            if segment.stream is None:
-                found: Mapping[str, Sequence[int]] = {"(audio)": range(segment.length)}
-            elif segment.stream not in streams or streams[segment.stream].length != segment.length:
-                length = streams[segment.stream].length if segment.stream in streams else 0
-                raise BackboneMismatch(
-                    f"{site.label}: stream {segment.stream!r} has {length} tokens, but the kernel saw {segment.length} keys; "
-                    f"the backbone {self.backbone and self.backbone.name!r} tokenises differently from the pipeline, "
-                    "or the keys are those of a negative prompt of another length (then capture branch='conditional')"
-                )
-            else:
-                stream = streams[segment.stream]
-                found = stream.groups(row, requests if stream.has_words else ())
-            for name, positions in found.items():
-                merged.setdefault(name, []).extend(start + position for position in positions)
-            start += segment.length
-        return merged
-
-    def _reserve(self, site: Site, store: _Store, call: AttentionCall, wanted: Mapping[str, Any], rows: int) -> None:
+    def _reserve(self, site: Site, store: Store, call: AttentionCall, wanted: Spans, rows: int) -> None:
         """Account for what this call will add, and refuse before it is allocated."""
-        if self._reduce is not False and store.seen:
-            return  # added in place
-        heads = call.query.shape[1] * call.query.shape[0] // rows if self._heads == "all" else 1
-        columns = {"full": call.keys, "max": 1}.get(store.mode, len(store.names))
-        queries = len(range(*store.queries.indices(call.queries)))
-        per_row = call.keys if store.mode == "received" else queries * columns
-        kept_rows = sum(rows if span is None else span[1] - span[0] for span in wanted.values())
-        need = 4 * kept_rows * heads * per_row
-        if self._held + need > self._budget:
+        need, shown = store.bytes_for(call, wanted, rows)
+        if self._held + need > self.options.budget:
             raise CaptureBudgetExceeded(
-                f"{site.label}: keeping {_count(queries, 'query', 'queries')} × {_count(columns, 'column')} × "
-                f"{_count(heads, 'head')} × {_count(kept_rows, 'row')} needs "
-                f"{_size(need)} more on top of {_size(self._held)}, past budget={_size(self._budget)}. Narrow it (words=, "
-                "layers=, steps=), reduce_steps='uniform', keep='pooled', or raise budget="
+                f"{site.label}: keeping {shown} needs {size_text(need)} more on top of {size_text(self._held)}, past "
+                f"budget={size_text(self.options.budget)}. Narrow it (words=, layers=, steps=), reduce_steps='uniform', "
+                "keep='pooled', or raise budget="
             )
         self._held += need
-
-    def _ask(self, store: _Store, call: AttentionCall, rows: int, run: _Run) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(values, check error, row sums)``; values [rows, (heads), Tq, columns], or [rows, (heads), Tk] received."""
-
-        def heads(answer: Tensor) -> Tensor:
-            return self._heads_of(answer, rows)
-
-        if store.mode == "received":
-            received, error = selectors.received(call, heads)
-            return received, error, None
-        if store.mode == "max":
-            best, error = None, None
-            for _, answer, chunk_error in call.ask_keys():
-                error = chunk_error if error is None else error
-                top = heads(answer).amax(-1, keepdim=True)
-                best = top if best is None else torch.maximum(best, top)
-            assert best is not None
-            assert error is not None
-            return best, error, None
-        if store.mode == "full":
-            parts, error = [], None
-            for _, answer, chunk_error in call.ask_keys():
-                error = chunk_error if error is None else error
-                parts.append(heads(answer))
-            assert error is not None
-            full = torch.cat(parts, -1)
-            return full, error, full.sum(-1)
-        if self._pooling in selectors.LINEAR:
-            if store.selector is None or store.selector.shape[0] != call.value.shape[0]:
-                per_row = self._row_groups(store, run, rows, call.value.shape[0] // rows)
-                selector = selectors.columns(per_row, store.names, call.keys, self._pooling, self._relevance)
-                # one more column sums every key
-                selector = torch.cat([selector, torch.ones_like(selector[..., :1])], -1)
-                store.selector = selector.to(call.value.device)
-            pooled, error = call.ask(store.selector, heads)
-            return pooled[..., :-1].contiguous(), error, pooled[..., -1]
-        per_row = self._row_groups(store, run, rows, 1)
-        pooled, error = selectors.pool_nonlinear(call, per_row, store.names, self._pooling, heads)
-        return pooled, error, None
-
-    def _row_groups(self, store: _Store, run: _Run, rows: int, repeat: int) -> list[dict[str, list[int]]]:
-        """Groups of every kernel row: prompts by waveforms, the same positions in every branch, heads in the batch last."""
-        assert run.conditioning is not None
-        one_branch = run.conditioning.spread(store.groups)
-        batch = one_branch * (rows // len(one_branch))
-        return [groups for groups in batch for _ in range(repeat)]
 
     def _note_check(self, key: tuple[str, int], call: AttentionCall, error: Tensor) -> None:
         if call.dropout > 0:
@@ -833,6 +569,21 @@ class Capture:
             site.name = f"{name}#{index}" if name in repeated else name
             shown.append(site)
         return shown
+
+    @property
+    def conditionings(self) -> list[Conditioning | None]:
+        """What each pipeline call inside the block was conditioned on; None without a backbone."""
+        return [run.conditioning for run in self._runs]
+
+    @property
+    def token_groups(self) -> dict[tuple[str, str], dict[str, list[int]]]:
+        """(site, prompt) → group → its key positions, for the captured sites that have words."""
+        found = {}
+        for (index, *_), store in self._stores.items():
+            conditioning = self._runs[index].conditioning
+            for prompt, groups in zip(conditioning.prompts if conditioning else (), store.groups, strict=False):
+                found[store.site.name, prompt] = groups
+        return found
 
     @property
     def maps(self) -> AttentionMaps:
@@ -877,7 +628,7 @@ class Capture:
             self._sites[key].nonfinite = int(broken)
         for site in self.sites:
             if not site.captured and not site.reason:
-                site.reason = f"no call at the chosen steps={self._steps}"
+                site.reason = f"no call at the chosen steps={self.options.steps}"
 
     def _explain_nothing(self) -> str:
         lines = ["no attention call matched what was asked for."]
@@ -886,7 +637,7 @@ class Capture:
             lines.append(f"The denoiser ({type(self._denoiser).__name__}) did not run inside the with block.")
         sites = self.sites
         if sites:
-            lines.append(f"Sites seen in {forwards} forwards, those that match layers={self._layers} first:")
+            lines.append(f"Sites seen in {forwards} forwards, those that match layers={self.options.layers} first:")
             by_reason: dict[str, list[Site]] = {}
             for site in sorted(sites, key=lambda site: site.reason.startswith("name does not match")):
                 by_reason.setdefault(site.reason, []).append(site)
@@ -922,7 +673,7 @@ class Capture:
         from_text = self._build_arrays(self._from_text)
         return AttentionMaps.concatenate(self._build_arrays(self._stores), AttentionMaps.concatenate(from_text))
 
-    def _build_arrays(self, stores: Mapping[tuple[int, str, int], _Store]) -> dict[str, list[Any]]:
+    def _build_arrays(self, stores: Mapping[tuple[int, str, int], Store]) -> dict[str, list[Any]]:
         """Site → one array for each run; a differential site has its signed sum besides its single calls."""
         repeated = {name for name, index in self._sites if index > 0}
         arrays: dict[str, list[Any]] = {}
@@ -947,73 +698,3 @@ class Capture:
     def held_bytes(self) -> int:
         """Bytes of attention kept, as counted against ``budget``."""
         return self._held
-
-
-def owner_of(target: Any, name: str) -> Any:
-    """The part of ``target`` that has the method ``name`` (dotted: of which part), or None."""
-    *path, method = name.split(".")
-    for part in path:
-        target = getattr(target, part, None)
-    return target if hasattr(target, method) else None
-
-
-def observe_method(target: Any, name: str) -> tuple[int, str]:
-    """Let the captures of ``target`` know when its method ``name`` returns; a key for ``PATCHES.release``."""
-    owner, method = owner_of(target, name), name.rpartition(".")[2]
-    original = getattr(owner, method)
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def observed(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        listeners = [c for c in interception.ACTIVE.get() if getattr(c, "target", None) is target]
-        if listeners:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            for listener in listeners:
-                listener.method_called(name, bound.arguments, result)
-        return result
-
-    return interception.PATCHES.acquire(owner, method, original, observed)
-
-
-def parse_bytes(budget: str | int) -> int:
-    """``"2GiB"``, ``"500 MB"`` or a number of bytes, as bytes."""
-    if isinstance(budget, (int, float)) and not isinstance(budget, bool):
-        if not budget > 0 or math.isinf(budget):
-            raise ValueError(f"budget must be a positive number of bytes, got {budget!r}")
-        return int(budget)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(budget))
-    if match is None or match.group(2).lower() not in _UNITS or float(match.group(1)) <= 0:
-        raise ValueError(f"budget must be bytes or a size such as '500MB' or '2GiB', got {budget!r}")
-    return int(float(match.group(1)) * _UNITS[match.group(2).lower()])
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
-def _one_of(name: str, value: Any, options: Iterable[str]) -> None:
-    options = tuple(options)
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
-
-
-def _batch_of(arguments: Mapping[str, Any]) -> int | None:
-    """Batch size of a forward: that of its first tensor with more than two axes, the latent."""
-    tensors = (v for v in arguments.values() if isinstance(v, Tensor) and not v.is_nested and v.ndim > 2)
-    first = next(tensors, None)
-    return None if first is None else int(first.shape[0])
-
-
-def _seeds(generator: Any) -> list[int] | None:
-    generators = generator if isinstance(generator, (list, tuple)) else [generator]
-    seeds = [int(g.initial_seed()) for g in generators if isinstance(g, torch.Generator)]
-    return seeds or None

@@ -15,7 +15,9 @@ import xarray as xr
 from aiba_hooks.backbone import Segment
 
 if TYPE_CHECKING:
-    from aiba_hooks.capturing import Capture, _Run, _Store
+    from aiba_hooks.capturing import Capture
+    from aiba_hooks.runs import Run
+    from aiba_hooks.stores import Store
 
 #: attribute that marks a saved tree, with the version of its layout
 FORMAT = "aiba_maps"
@@ -236,7 +238,7 @@ def _remove(path: Path) -> None:
 # ---- from a capture's accumulators to labelled arrays
 
 
-def build(capture: Capture, run: _Run, store: _Store) -> xr.DataArray | None:
+def build(capture: Capture, run: Run, store: Store) -> xr.DataArray | None:
     """One site's labelled array, or None if nothing of it was kept in this run."""
     if not store.values and not store.sums:
         return None
@@ -252,7 +254,7 @@ def build(capture: Capture, run: _Run, store: _Store) -> xr.DataArray | None:
         values = values.swapaxes(1, 2)  # prompt before step
     # columns before positions: [branch, prompt, (step), (head), column, query]
     values = values[..., None, :] if store.mode == "received" else values.swapaxes(-1, -2)
-    dims = ["branch", "prompt", *([] if reduced else ["step"]), *(["head"] if capture._heads == "all" else [])]
+    dims = ["branch", "prompt", *([] if reduced else ["step"]), *(["head"] if capture.options.heads == "all" else [])]
     column = "key" if store.mode == "full" else "word"
     values = store.lattice.place(values)
     array = xr.DataArray(np.ascontiguousarray(values, dtype=np.float32), dims=[*dims, column, *store.lattice.dims])
@@ -271,7 +273,7 @@ def build(capture: Capture, run: _Run, store: _Store) -> xr.DataArray | None:
     return array
 
 
-def _values(store: _Store, branch: str, reduced: bool) -> np.ndarray:
+def _values(store: Store, branch: str, reduced: bool) -> np.ndarray:
     if reduced:
         weight = store.weight[branch]
         return _numpy(store.sums[branch] / weight if weight else store.sums[branch])
@@ -285,8 +287,8 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float32).numpy()
 
 
-def _build_plain(capture: Capture, store: _Store) -> xr.DataArray:
-    dims = ["batch", *(["head"] if capture._heads == "all" else []), "query", "key"]
+def _build_plain(capture: Capture, store: Store) -> xr.DataArray:
+    dims = ["batch", *(["head"] if capture.options.heads == "all" else []), "query", "key"]
     if store.sums:
         array = xr.DataArray(_numpy(store.sums[""] / store.weight[""]), dims=dims)
     else:
@@ -303,7 +305,7 @@ def _build_plain(capture: Capture, store: _Store) -> xr.DataArray:
     return array
 
 
-def _row_coords(run: _Run) -> dict[str, Any]:
+def _row_coords(run: Run) -> dict[str, Any]:
     conditioning = run.conditioning
     assert conditioning is not None
     prompts = conditioning.spread(conditioning.prompts)
@@ -314,7 +316,7 @@ def _row_coords(run: _Run) -> dict[str, Any]:
     return {"prompt": ("prompt", prompts), "waveform": ("prompt", waveforms)}
 
 
-def _step_coords(capture: Capture, run: _Run, steps: Sequence[int]) -> dict[str, Any]:
+def _step_coords(capture: Capture, run: Run, steps: Sequence[int]) -> dict[str, Any]:
     coords: dict[str, Any] = {"step": ("step", list(steps))}
     timesteps = [_scalar(run.steps[step].timestep) for step in steps]
     sigmas = [_scalar(run.steps[step].sigma) for step in steps]
@@ -336,7 +338,7 @@ def _scalar(value: Any) -> float | None:
     return float(value)
 
 
-def _blank_missing(array: xr.DataArray, run: _Run, store: _Store) -> xr.DataArray:
+def _blank_missing(array: xr.DataArray, run: Run, store: Store) -> xr.DataArray:
     """NaN where a prompt does not contain a word; a group of other keys that it lacks holds no mass, which is 0."""
     if not store.groups or run.conditioning is None:
         return array
@@ -349,7 +351,7 @@ def _blank_missing(array: xr.DataArray, run: _Run, store: _Store) -> xr.DataArra
     return array if bool(present.all()) else array.where(present)
 
 
-def _key_coords(run: _Run, store: _Store, keys: int) -> dict[str, Any]:
+def _key_coords(run: Run, store: Store, keys: int) -> dict[str, Any]:
     """Token texts and roles along ``key``, per prompt, where the streams are known."""
     coords: dict[str, Any] = {"key": np.arange(keys)}
     assert run.conditioning is not None
@@ -375,7 +377,7 @@ def _key_coords(run: _Run, store: _Store, keys: int) -> dict[str, Any]:
     return coords
 
 
-def _provenance(capture: Capture, run: _Run | None, store: _Store) -> dict[str, Any]:
+def _provenance(capture: Capture, run: Run | None, store: Store) -> dict[str, Any]:
     site = store.site
     attrs: dict[str, Any] = {
         "site": site.name,
@@ -386,9 +388,9 @@ def _provenance(capture: Capture, run: _Run | None, store: _Store) -> dict[str, 
         "model": type(capture.target).__name__,
         "denoiser": type(capture._denoiser).__name__,
         "backbone": capture.backbone.name if capture.backbone is not None else "",
-        "keep": capture._keep,
-        "pooling": capture._pooling if capture._keep == "pooled" else "",
-        "heads": capture._heads,
+        "keep": capture.options.keep,
+        "pooling": capture.options.pooling if capture.options.keep == "pooled" else "",
+        "heads": capture.options.heads,
         "branch": "+".join(store.branches),
         "versions": " ".join(f"{name}={_version(name)}" for name in ("aiba", "torch", "diffusers", "transformers")),
     }

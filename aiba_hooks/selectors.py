@@ -110,11 +110,37 @@ def pool_nonlinear(
     return result, error
 
 
+def means(rows: Sequence[Mapping[str, Sequence[int]]], names: Sequence[str], length: int) -> Tensor:
+    """Columns [rows, length, groups] that take the mean over each group's positions, words and others alike."""
+    weights = torch.zeros(len(rows), length, len(names))
+    for row, groups in enumerate(rows):
+        for column, name in enumerate(names):
+            positions = list(groups.get(name, ()))
+            weights[row, positions, column] = 1.0 / max(len(positions), 1)
+    return weights
+
+
 def received(call: AttentionCall, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Attention that each key receives: the mean over queries of its column, [batch, (heads), Tk] float32."""
+    return _by_keys(call, lambda answer: reduce(answer).float().mean(-2))
+
+
+def every_key(call: AttentionCall, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Every probability, [batch, (heads), Tq, Tk] as ``reduce`` leaves it."""
+    return _by_keys(call, reduce)
+
+
+def largest(call: AttentionCall, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The largest probability over all keys (Eq. 5), [batch, (heads), Tq, 1]."""
+    tops, error = _by_keys(call, lambda answer: reduce(answer).amax(-1, keepdim=True))
+    return tops.amax(-1, keepdim=True), error
+
+
+def _by_keys(call: AttentionCall, part_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The parts of an answer to every key, a few keys at a time, along the last axis; and the first check error."""
     parts, error = [], None
     for _, answer, chunk_error in call.ask_keys():
         error = chunk_error if error is None else error
-        parts.append(reduce(answer).float().mean(-2))
+        parts.append(part_of(answer))
     assert error is not None
     return torch.cat(parts, -1), error

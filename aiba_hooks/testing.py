@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from aiba_hooks import interception
 from aiba_hooks.backbone import Backbone
 from aiba_hooks.calls import AttentionCall
-from aiba_hooks.capturing import Capture, _Run, capture
+from aiba_hooks.capturing import Capture, capture
 from aiba_hooks.interventions import intervene
 from aiba_hooks.kernel import Kernel
 from aiba_hooks.lattice import Lattice
 from aiba_hooks.maps import AttentionMaps
+from aiba_hooks.options import Options
+from aiba_hooks.runs import Run
 from aiba_hooks.sites import Site
 
 
@@ -198,7 +200,7 @@ def _same(a: Any, b: Any) -> bool:
 class _Queries(Capture):
     """A capture that keeps the query tensors of cross sites, to see which tokens move with the latent."""
 
-    def _keep_call(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> None:
+    def _keep_call(self, site: Site, key: tuple[str, int], call: AttentionCall, run: Run) -> None:
         site.captured, site.reason = True, "queries"
         info = self._site_call(site.name, site.module, call.queries, call.keys, site.tag, run)
         assert self.backbone is not None
@@ -335,9 +337,7 @@ def _check_geometry(
 
         handle = denoiser.register_forward_pre_hook(bump, with_kwargs=True)
         try:
-            spy = _Queries(
-                target, None, ("cross",), "*", [0], "conditional", "mean", "full", "sum", False, "1GiB", backbone
-            )
+            spy = _Queries(target, Options.read(steps=[0], keep="full", budget="1GiB"), backbone)
             with spy:
                 generate(prompt)
         finally:
@@ -379,7 +379,7 @@ def _check_branches(
 
     with capture(target, keep="full", steps=[0], backbone=backbone) as cap:
         generate(prompt)
-    conditioning = cap._runs[-1].conditioning
+    conditioning = cap.conditionings[-1]
     assert conditioning is not None
     a, b = cap.maps, first_step(other_prompt, "conditional")
     aligned = [

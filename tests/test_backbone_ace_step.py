@@ -70,7 +70,7 @@ def keys_of(pipe, **options):
 def test_every_key_has_the_group_of_what_it_was_packed_from(pipe):
     """Two prompts and lyrics of different lengths, so that pads exist; each packed key is found among the unpacked ones."""
     seen, cap = keys_of(pipe, prompt=["a bass and drums", "piano"], lyrics=["la la la", "soft"])
-    stream = cap._runs[-1].conditioning.streams[0]
+    stream = cap.conditionings[-1].streams[0]
     packed, mask = seen["packed"]
     assert stream.length == packed.shape[1]
     for row in range(2):
@@ -96,7 +96,7 @@ def test_only_the_prompts_own_tokens_are_its_words(pipe):
     """The template says "Fill the audio semantic mask based on the given conditions", "Caption" and "Metas"."""
     with capture(pipe, words=["the", "given"]) as cap:
         run(pipe, "the given bass")
-    stream = cap._runs[-1].conditioning.streams[0]
+    stream = cap.conditionings[-1].streams[0]
     spelt = [token for token, word in zip(stream.tokens[0], stream.words[0], strict=True) if word == 0]
     assert spelt == ["▁the"]
     with pytest.raises(UnknownWord, match="Its words are: a, bass, and, drums"), capture(pipe, words=["Caption"]):

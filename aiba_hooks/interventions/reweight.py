@@ -12,10 +12,13 @@ import torch
 
 from aiba_hooks.backbone import Backbone
 from aiba_hooks.calls import AttentionCall
-from aiba_hooks.capturing import Branch, Capture, _Run, _Store
+from aiba_hooks.capturing import Branch, Capture
 from aiba_hooks.errors import NothingCaptured
 from aiba_hooks.interception import Edited
+from aiba_hooks.options import Options
+from aiba_hooks.runs import Run
 from aiba_hooks.sites import Site
+from aiba_hooks.stores import Spans, Store
 
 
 def intervene(
@@ -83,14 +86,13 @@ class Intervention(Capture):
         if bad:
             raise ValueError(f"the factor of {bad[0]!r} must be a finite number, got {self._factors[bad[0]]}")
         words = [word for word in self._factors if not word.startswith("(")]
-        super().__init__(
-            target, words or None, ("cross",), layers, steps, branch, "mean", "pooled", "sum", False, "1B", backbone
-        )
+        options = Options.read(words=words or None, layers=layers, steps=steps, branch=branch, budget="1B")
+        super().__init__(target, options, backbone)
 
-    def _act(self, site: Site, key: tuple[str, int], call: AttentionCall, run: _Run) -> Edited | None:
-        wanted = {b: span for b, span in self._branch_rows.items() if b in self._branches}
+    def _act(self, site: Site, key: tuple[str, int], call: AttentionCall, run: Run) -> Edited | None:
+        wanted = {b: span for b, span in self._branch_rows.items() if b in self.options.branches}
         if not wanted:
-            site.reason = f"branch={self._branches[0]!r} is not in this forward"
+            site.reason = f"branch={self.options.branches[0]!r} is not in this forward"
             return None
         restore = call.restore
         if restore is None:
@@ -111,15 +113,14 @@ class Intervention(Capture):
         change = call.again((call.value * (factor - 1)).to(call.value.dtype))
         return Edited(change, restore, call.output)
 
-    def _factor(
-        self, store: _Store, call: AttentionCall, rows: int, run: _Run, wanted: Mapping[str, Any]
-    ) -> torch.Tensor:
+    def _factor(self, store: Store, call: AttentionCall, rows: int, run: Run, wanted: Spans) -> torch.Tensor:
         """[batch, 1, Tk, 1]: 1, and a word's factor on its keys in the rows of the chosen branches."""
         if store.selector is not None and store.selector.shape[0] == call.value.shape[0]:
             return store.selector
         repeat = call.value.shape[0] // rows
         factor = torch.ones(call.value.shape[0], 1, call.keys, 1)
-        groups = self._row_groups(store, run, rows, repeat)
+        assert run.conditioning is not None
+        groups = store.row_groups(run.conditioning, rows, repeat)
         for span in wanted.values():
             first, last = (0, rows) if span is None else span
             for row in range(first * repeat, last * repeat):

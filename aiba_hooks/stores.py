@@ -1,0 +1,201 @@
+"""Store: what is kept of one site in one run. It puts the question to the kernel and adds up the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aiba_hooks import selectors
+from aiba_hooks.backbone import Conditioning, Segment
+from aiba_hooks.calls import AttentionCall
+from aiba_hooks.errors import BackboneMismatch
+from aiba_hooks.options import Options
+from aiba_hooks.sites import Site
+
+#: branch → its rows of the denoiser's batch, None for all of them
+Spans = Mapping[str, tuple[int, int] | None]
+
+
+@dataclass
+class Store:
+    """What is kept of one site.
+
+    Attributes
+    ----------
+    mode : "pooled", "received" or "max" (Eq. 5 of a self site), "full", or "from_text" (of a joint site)
+    lattice : of the queries
+    queries : the latent's own tokens among the queries
+    segments : how the keys are made up where text and audio share them
+    keys : Tk
+    names, groups : columns, and per prompt the key positions of each
+    values : (step, branch) → [rows, (heads), ...]
+    sums, weight : branch → running weighted sum over steps, and the sum of its weights
+    seen : steps that are kept
+    """
+
+    site: Site
+    options: Options
+    mode: str = "pooled"
+    lattice: Any = None
+    queries: slice = field(default_factory=lambda: slice(None))
+    segments: Sequence[Segment] | None = None
+    keys: int = 0
+    names: list[str] = field(default_factory=list)
+    groups: list[dict[str, list[int]]] = field(default_factory=list)
+    selector: Tensor | None = None
+    branches: list[str] = field(default_factory=list)
+    values: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    weight: dict[str, float] = field(default_factory=dict)
+    seen: list[int] = field(default_factory=list)
+
+    def from_text(self) -> Store:
+        """A store beside a joint site's word maps: what the words' own queries attend to in the audio."""
+        names = [name for name in self.names if name != "(audio)"]
+        return replace(
+            self, mode="from_text", names=names, selector=None, branches=[], values={}, sums={}, weight={}, seen=[]
+        )
+
+    def bytes_for(self, call: AttentionCall, wanted: Spans, rows: int) -> tuple[int, str]:
+        """What a call will add, and in words."""
+        if self.options.reduced and self.seen:
+            return 0, ""  # added in place
+        heads = call.query.shape[1] * call.query.shape[0] // rows if self.options.heads == "all" else 1
+        columns = {"full": call.keys, "max": 1}.get(self.mode, len(self.names))
+        queries = len(range(*self.queries.indices(call.queries)))
+        per_row = call.keys if self.mode == "received" else queries * columns
+        kept = sum(rows if span is None else span[1] - span[0] for span in wanted.values())
+        shown = [(queries, "query", "queries"), (columns, "column", "columns"), (heads, "head", "heads")]
+        shown.append((kept, "row", "rows"))
+        return 4 * kept * heads * per_row, " × ".join(f"{n} {one if n == 1 else many}" for n, one, many in shown)
+
+    def add(self, values: Tensor, wanted: Spans, step: int) -> None:
+        """Add one call's values [rows, ...] to what is kept."""
+        for branch, span in wanted.items():
+            part = values if span is None else values[span[0] : span[1]]
+            if branch not in self.branches:
+                self.branches.append(branch)
+            if not self.options.reduced:
+                # a slice would keep the whole batch alive
+                self.values[step, branch] = part.clone() if part.shape != values.shape or part._is_view() else part
+            else:
+                weight = self._step_weight(step)
+                held = self.sums.get(branch)
+                self.sums[branch] = part * weight if held is None else held.add_(part, alpha=weight)
+                self.weight[branch] = self.weight.get(branch, 0.0) + weight
+        if step not in self.seen:
+            self.seen.append(step)
+
+    def _step_weight(self, step: int) -> float:
+        weights = self.options.step_weights
+        if weights is None:
+            return 1.0
+        if step >= len(weights):
+            raise ValueError(f"reduce_steps gives {len(weights)} weights, but the run reached step {step}")
+        return weights[step]
+
+    # ---- asking
+
+    def ask(
+        self, call: AttentionCall, rows: int, conditioning: Conditioning | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(values, check error, row sums)``; values [rows, (heads), Tq, columns], or [rows, (heads), Tk] received."""
+
+        def heads(answer: Tensor) -> Tensor:
+            return self._heads(answer, rows)
+
+        if self.mode == "received":
+            received, error = selectors.received(call, heads)
+            return received, error, None
+        if self.mode == "max":
+            best, error = selectors.largest(call, heads)
+            return best, error, None
+        if self.mode == "full":
+            full, error = selectors.every_key(call, heads)
+            return full, error, full.sum(-1)
+        assert conditioning is not None
+        pooling = self.options.pooling
+        if pooling in selectors.LINEAR:
+            if self.selector is None or self.selector.shape[0] != call.value.shape[0]:
+                per_row = self.row_groups(conditioning, rows, call.value.shape[0] // rows)
+                selector = selectors.columns(per_row, self.names, call.keys, pooling, self.options.relevance)
+                # one more column sums every key
+                selector = torch.cat([selector, torch.ones_like(selector[..., :1])], -1)
+                self.selector = selector.to(call.value.device)
+            pooled, error = call.ask(self.selector, heads)
+            return pooled[..., :-1].contiguous(), error, pooled[..., -1]
+        per_row = self.row_groups(conditioning, rows, 1)
+        pooled, error = selectors.pool_nonlinear(call, per_row, self.names, pooling, heads)
+        return pooled, error, None
+
+    def ask_from_text(self, call: AttentionCall, rows: int, conditioning: Conditioning) -> Tensor:
+        """[rows, (heads), audio keys, groups]: the mean over a word's queries of their probabilities of each audio key."""
+        audio = torch.arange(call.keys, device=call.value.device)[self.queries]
+        per_row = self.row_groups(conditioning, rows, 1)
+        weights = selectors.means(per_row, self.names, call.keys).to(call.value.device)
+        parts = [
+            torch.einsum("r...qk,rqg->r...kg", self._heads(answer, rows), weights)
+            for _, answer, _ in call.ask_keys(audio)
+        ]
+        return torch.cat(parts, -2)
+
+    def _heads(self, answer: Tensor, rows: int) -> Tensor:
+        """An answer as [rows, (heads), Tq, columns] float32."""
+        if answer.shape[0] != rows:  # heads folded into the batch
+            answer = answer.reshape(rows, -1, *answer.shape[-2:])
+        return answer.float().mean(1) if self.options.heads == "mean" else answer.float()
+
+    def row_groups(self, conditioning: Conditioning, rows: int, repeat: int) -> list[dict[str, list[int]]]:
+        """Groups of every kernel row: prompts by waveforms, the same positions in every branch, heads in the batch last."""
+        one_branch = conditioning.spread(self.groups)
+        batch = one_branch * (rows // len(one_branch))
+        return [groups for groups in batch for _ in range(repeat)]
+
+
+def key_groups(
+    site: Site,
+    layout: Sequence[Segment],
+    row: int,
+    requests: Sequence[str],
+    conditioning: Conditioning,
+    backbone_name: str,
+) -> dict[str, list[int]]:
+    """Key positions by group for one prompt, over every segment of the keys.
+
+    Raises
+    ------
+    BackboneMismatch
+        A stream is not as long as its segment.
+    """
+    streams = {stream.name: stream for stream in conditioning.streams}
+    merged: dict[str, list[int]] = {}
+    start = 0
+    for segment in layout:
+        if segment.stream is None:
+            found: Mapping[str, Sequence[int]] = {"(audio)": range(segment.length)}
+        elif segment.stream not in streams or streams[segment.stream].length != segment.length:
+            length = streams[segment.stream].length if segment.stream in streams else 0
+            raise BackboneMismatch(
+                f"{site.label}: stream {segment.stream!r} has {length} tokens, but the kernel saw {segment.length} keys; "
+                f"the backbone {backbone_name!r} tokenises differently from the pipeline, "
+                "or the keys are those of a negative prompt of another length (then capture branch='conditional')"
+            )
+        else:
+            stream = streams[segment.stream]
+            found = stream.groups(row, requests if stream.has_words else ())
+        for name, positions in found.items():
+            merged.setdefault(name, []).extend(start + position for position in positions)
+        start += segment.length
+    return merged
+
+
+def size_text(count: int) -> str:
+    """Bytes as a person reads them."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
