@@ -30,7 +30,7 @@ from aiba_hooks.errors import (
     UnknownBackbone,
 )
 from aiba_hooks.kernel import Kernel
-from aiba_hooks.maps import AttentionMaps, build
+from aiba_hooks.maps import AttentionMaps
 from aiba_hooks.options import Options
 from aiba_hooks.plugins import manager
 from aiba_hooks.runs import Run, batch_of, observe_method, owner_of, seeds_of
@@ -675,6 +675,8 @@ class Capture:
 
     def _build_arrays(self, stores: Mapping[tuple[int, str, int], Store]) -> dict[str, list[Any]]:
         """Site → one array for each run; a differential site has its signed sum besides its single calls."""
+        from aiba_hooks.labelling import build  # imports xarray, which is slow to start
+
         repeated = {name for name, index in self._sites if index > 0}
         arrays: dict[str, list[Any]] = {}
         for (run_index, name, index), store in stores.items():

@@ -85,7 +85,7 @@ def test_a_hook_that_raises_is_reported_and_the_rest_is_kept(fresh):
 
 
 def test_a_misspelt_hook_is_reported_with_the_names_that_exist(fresh):
-    with pytest.warns(PluginWarning, match="unknown hook 'aiba_backbone'; the hooks are aiba_backbones, aiba_kernels"):
+    with pytest.warns(PluginWarning, match="unknown hook 'aiba_backbone'; the hooks are aiba_backbones, aiba_datasets, aiba_kernels"):
         found = fresh(plugin("misspelt", aiba_backbone=lambda: []))
     assert "misspelt" in found.failures
     assert not found.pluggy.has_plugin("misspelt")
@@ -94,11 +94,19 @@ def test_a_misspelt_hook_is_reported_with_the_names_that_exist(fresh):
 def test_importing_the_core_and_listing_plugins_takes_no_torch():
     code = (
         "import sys; from aiba_hooks.plugins import manager; m = manager();"
-        "[m.collect(h) for h in ('aiba_kernels', 'aiba_backbones', 'aiba_models')];"
+        "[m.collect(h) for h in ('aiba_kernels', 'aiba_backbones', 'aiba_models', 'aiba_datasets')];"
         "print(sorted({'torch', 'xarray', 'diffusers', 'transformers', 'librosa'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_importing_the_core_adds_little_to_importing_torch():
+    code = "import torch, sys; before = set(sys.modules); from aiba_hooks import capture, intervene; print(len(set(sys.modules) - before), 'xarray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, xarray = done.stdout.split()
+    assert xarray == "False"
+    assert int(count) < 60  # aiba_hooks, pluggy, and what they need of the standard library
 
 
 def test_the_name_capture_is_the_function_however_it_is_imported():
