@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aiba_eval import metrics, references, templates
+    from aiba_eval.comparing import compare
     from aiba_eval.diagnostics import diagnose
     from aiba_eval.effects import effect_map
     from aiba_eval.grid import MelGrid, project
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MelGrid",
+    "compare",
     "diagnose",
     "effect_map",
     "metrics",
@@ -30,6 +32,7 @@ __all__ = [
 # public name -> the module that holds it; a name equal to its module is the module itself
 _EXPORTS = {
     "MelGrid": "grid",
+    "compare": "comparing",
     "diagnose": "diagnostics",
     "effect_map": "effects",
     "metrics": "metrics",

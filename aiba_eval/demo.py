@@ -44,7 +44,7 @@ from aiba_eval.run import (
     words_of,
     write_audio,
 )
-from aiba_eval.scoring import Row, score
+from aiba_eval.scoring import MINIMUM_PIECES, Row, score, summarise
 
 if TYPE_CHECKING:
     from xarray import DataArray
@@ -52,13 +52,11 @@ if TYPE_CHECKING:
     from aiba_eval.datasets import Piece
     from aiba_hooks import AttentionMaps
 
-PROMPTS = ("a bass and drums", "a piano and strings")
+PROMPTS = ("a bass and drums", "a piano and strings", "a solo flute")
 #: instruments that a prompt can name; the others stay part of the mix and of its masks
 UNNAMED = frozenset({"other", "effects", "ethnic"})
-#: pieces fewer than this say little about a class
-FEW_PIECES = 10
-#: columns of a summary beside the value
-REFERENCES = ("chance", "mix_energy", "class_prior", "oracle_projection")
+#: the paper's
+METRICS = ("average_precision", "iou_area", "profile_pearson", "pointing_game")
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class DemoResult:
     ----------
     out : its folder
     scores : one row per piece, instrument, mask and metric
-    summary : means over pieces
+    summary : means over pieces, one row per reference, as :func:`aiba_eval.scoring.summarise` gives them
     notes : what a reader of the scores has to know
     files : what was written, relative to ``out``
     record : the contents of demo.json
@@ -202,7 +200,10 @@ def demo(
             "device": loaded.device,
             "dtype": loaded.dtype,
         }
-    summary = summarise(rows)
+    tell("means over pieces", 0, None)
+    # a piece's words are averaged for "all"
+    every = [*rows, *({**row, "word": "all"} for row in rows)]
+    summary = summarise(every, by=("model", "mask", "word", "timestep", "metric"))
     write_csv(folder.file("scores.csv"), rows)
     write_csv(folder.file("summary.csv"), summary)
     notes = [*dict.fromkeys(notes), *_about_scores(len(chosen), summary)]
@@ -332,37 +333,9 @@ def score_pieces(probed: Sequence[Probed], *, progress: Progress | None = None) 
             bands = band_templates(projected, grid_of(projected))
             for mask, masks in {"dominance": item.dominance, **{f"band:{p}": m for p, m in bands.items()}}.items():
                 beside = {"piece": item.piece, "timestep": timestep, "mask": mask}
-                scored = score(projected, masks, mix=item.energy, references={"class_prior": priors})
+                scored = score(projected, masks, mix=item.energy, priors=priors, metrics=METRICS)
                 rows += [{**beside, **row} for row in scored]
     return rows
-
-
-def summarise(rows: Sequence[Row]) -> list[Row]:
-    """Means over pieces per model, mask, word, noise level and metric, with how many pieces are in them.
-
-    The unit is the piece. A piece without a value (its reason says why) is left out of ``n`` and counted in
-    ``without_value``; a reference's mean is over the same pieces as the value's, and undefined where one of them lacks
-    it.
-    """
-    keys = ("model", "mask", "word", "timestep", "metric")
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    found = []
-    for group, members in groups.items():
-        valued = [row for row in members if np.isfinite(row["value"])]
-        entry: Row = {**dict(zip(keys, group, strict=True)), "n": len(valued)}
-        entry["without_value"] = len(members) - len(valued)
-        for column in ("mask_area", "value", *REFERENCES):
-            values = [row.get(column, float("nan")) for row in valued]
-            entry[column] = float(np.mean(values)) if values else float("nan")
-        found.append(entry)
-    order = list(dict.fromkeys((row["model"], row["mask"]) for row in found))
-
-    def place(row: Row) -> tuple[int, int, str, int]:
-        return order.index((row["model"], row["mask"])), -row["n"], row["word"], row["timestep"]
-
-    return sorted(found, key=place)
 
 
 def _write_generation(folder: OutputFolder, under: str, made: Generation) -> None:
@@ -376,7 +349,7 @@ def _write_generation(folder: OutputFolder, under: str, made: Generation) -> Non
 
 def _write_piece(folder: OutputFolder, under: str, item: Probed, *, in_full: bool) -> None:
     item.maps.save(folder.file(f"{under}/maps.zarr"))
-    timestep, projected = next(iter(item.projected.items()))
+    timestep, projected = max(item.projected.items())  # at high noise the model listens to the words most
     bands = band_labels(band_templates(projected, grid_of(projected)))
     draw(
         folder,
@@ -401,12 +374,16 @@ def _notes(loaded: Loaded, probed: Sequence[Probed]) -> list[str]:
 
 def _about_scores(pieces: int, summary: Sequence[Row]) -> list[str]:
     notes = [
-        f"means over {pieces} pieces; n is how many have the instrument. Fewer than {FEW_PIECES} say little about a class"
+        f"means over {pieces} pieces; n is how many have the word. Fewer than {MINIMUM_PIECES} say little about a class"
     ]
-    without = sum(row["without_value"] for row in summary if row["metric"] == "average_precision")
+    precise = [row for row in summary if row["metric"] == "average_precision" and row["reference"] == "chance"]
+    without = sum(row["without_value"] for row in precise if row["word"] != "all")
     if without:
         notes.append(f"{without} average precisions are undefined; scores.csv says why")
-    notes.append("bands are fixed in hertz and the same at all times; dominance masks come from the pieces' own stems")
+    notes.append(
+        "swap: the same mask scored with the other words' maps; a map that knows its word lies above. Bands are fixed in hertz "
+        "and the same at all times; dominance masks come from the pieces' own stems"
+    )
     return notes
 
 

@@ -30,7 +30,8 @@ Contents
 * :func:`effect_map`: the maps, on real or generated audio.
 * :func:`edit_maps`: the same for pairs of texts, whatever differs between them.
 * :func:`effect_mass`, :func:`presence`: how much a word does; present words against absent and neutral ones.
-* :func:`agreement`: rank correlation of attention maps with effect maps, beside that of other words' maps.
+* :func:`agreement`: rank correlation of attention maps with effect maps, beside that of other words' maps;
+  :func:`rank_correlation`.
 * :func:`clean_latent`, :func:`decode_audioldm2`, :func:`without_word`: the parts.
 
 What such a map does not show is in ``docs/effects.md``.
@@ -756,14 +757,14 @@ def presence(
     """Effect mass of words that are in the audio, beside words that are not and words that mean no sound.
 
     A model that only follows the text gives a word as much mass whether the audio has it or not. Present and absent words
-    are measured by the same edit at the same place, the end of the prompt, since what an edit does depends on how many tokens
-    it moves::
+    are measured by the same edit of a text of the same length: each absent word takes the place of a present one, in turn. An
+    edit of a shorter text does more, in an untrained model too::
 
-        present w    compose(other present words + w)   against   compose(other present words)
-        absent w     compose(present words + w)         against   compose(present words)
-        neutral w    compose(present words)             against   the same less w, where it stands
+        present w       compose(other present words + w)   against   compose(other present words)
+        absent a of w   compose(other present words + a)   against   compose(other present words)
+        neutral n       compose(present words)             against   the same less n, where it stands
 
-    With ``remove="values"`` it is the prompt on the left, with and without w's values.
+    With ``remove="values"`` it is the prompt on the left, with and without the word's values.
 
     Parameters
     ----------
@@ -785,8 +786,8 @@ def presence(
     -------
     DataArray, dims (word,) or (timestep, word)
         Effect masses with the coordinates ``role`` ("present", "absent" or "neutral") and ``prompt`` along word. Attribute
-        ``auroc``: the share of (present, absent) pairs in which the present word has more mass, ties counted half. On one
-        piece it says little: pool masses over pieces. With ``levels="each"`` a list, one entry per level; NaN without
+        ``auroc``: the share of pairs of an absent word and the present one whose place it takes in which the present one has
+        more mass, ties counted half. On one piece it says little: :func:`aiba_eval.compare` does it over pieces. With ``levels="each"`` a list, one entry per level; NaN without
         absent words.
 
     Raises
@@ -805,25 +806,24 @@ def presence(
     asked = [(w, "present") for w in present] + [(w, "absent") for w in absent] + [(w, "neutral") for w in neutral]
     if len({word for word, _ in asked}) < len(asked):
         raise ValueError(f"a word is named twice: {[word for word, _ in asked]}")
-    edits = {}
-    for word, role in asked:
-        others = compose([other for other in present if other != word])
-        if role == "neutral":
-            edits[word] = (whole, without_word(whole, word))
-        else:
-            edits[word] = (compose([*(other for other in present if other != word), word]), others)
+    edits = {word: (whole, without_word(whole, word)) for word in neutral}
+    for replaced, word in [*zip(present, present, strict=True), *zip(itertools.cycle(present), absent, strict=False)]:
+        others = [other for other in present if other != replaced]
+        edits[word] = (compose([*others, word]), compose(others))
+    edits = {word: edits[word] for word, _ in asked}
     if remove == "prompt":
         joined = effect_mass(edit_maps(pipeline, edits, **options)).drop_vars(["with", "without"])
     else:
-        maps = [effect_map(pipeline, edits[w][0], words=[w], remove=remove, **options) for w in edits]
+        maps = [effect_map(pipeline, edits[word][0], words=[word], remove=remove, **options) for word, _ in asked]
         masses = [effect_mass(one).isel(prompt=0, drop=True) for one in maps]
         joined = xarray.concat(masses, "word", coords="minimal", compat="override").assign_attrs(masses[0].attrs)
     joined = joined.assign_attrs(remove=remove)
     prompts = [edits[word][0] for word, _ in asked]
     roles = np.asarray([role for _, role in asked])
     yes, no = (np.atleast_2d(joined.values)[:, roles == role] for role in ("present", "absent"))
-    wins = (yes[:, :, None] > no[:, None, :]) + 0.5 * (yes[:, :, None] == no[:, None, :])
-    shares = [float(w.mean()) if w.size else float("nan") for w in wins]
+    yes = yes[:, np.arange(no.shape[1]) % yes.shape[1]]
+    wins = (yes > no) + 0.5 * (yes == no)
+    shares = [float(of.mean()) if of.size else float("nan") for of in wins]
     joined = joined.assign_coords(role=("word", roles), prompt=("word", prompts))
     return joined.assign_attrs(auroc=shares if joined.ndim == 2 else shares[0])
 
@@ -883,7 +883,7 @@ def agreement(attention: DataArray, effect: DataArray) -> Dataset:
         raise ValueError(f"no common word: attention has {listed}, effect has {others}")
     a = attention.values[:, [listed.index(w) for w in words]].astype(float)
     e = effect.values[:, [others.index(w) for w in words]].astype(float)
-    rho = np.asarray([[[_spearman(x, y) for y in e[i]] for x in a[i]] for i in range(len(a))])
+    rho = np.asarray([[[rank_correlation(x, y) for y in e[i]] for x in a[i]] for i in range(len(a))])
     own = np.einsum("pww->pw", rho).copy()
     elsewhere = np.where(np.eye(len(words), dtype=bool), np.nan, rho)
     count = np.isfinite(elsewhere).sum(axis=1)
@@ -896,10 +896,15 @@ def agreement(attention: DataArray, effect: DataArray) -> Dataset:
     )
 
 
-def _spearman(one: Floats, other: Floats) -> float:
+def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
+    """Spearman's ρ of two arrays of one shape, cell by cell (``scipy.stats.spearmanr``): ties share their rank.
+
+    Cells that either lacks (NaN) are left out. NaN where fewer than three are left, or one of the arrays is constant there.
+    """
     from scipy.stats import spearmanr
 
-    both = np.isfinite(one) & np.isfinite(other)
-    if both.sum() < 3 or np.ptp(one[both]) == 0 or np.ptp(other[both]) == 0:
+    x, y = np.asarray(one, float), np.asarray(other, float)
+    both = np.isfinite(x) & np.isfinite(y)
+    if both.sum() < 3 or np.ptp(x[both]) == 0 or np.ptp(y[both]) == 0:
         return float("nan")
-    return float(spearmanr(one[both], other[both]).statistic)
+    return float(spearmanr(x[both], y[both]).statistic)

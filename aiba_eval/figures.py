@@ -1,6 +1,7 @@
-"""Figures of attention on the mel grid: the frequency profile against its template, and the overlay on the spectrogram.
+"""Figures of attention on the mel grid: the frequency profile against its template, the overlay on the spectrogram, and two
+models beside each other.
 
-Both show attention divided by its own mean over the grid, so that 1 is what evenly spread attention would be, and both
+The maps show attention divided by its own mean over the grid, so that 1 is what evenly spread attention would be, and
 keep a minimum range around 1: a map that is flat looks flat. Colours mean the same in every figure of one set: the
 limits are shared, and the figure says so.
 
@@ -209,6 +210,188 @@ def overlay_figure(
             figure.supxlabel(f"white outline: {mask_label}", fontsize=TEXT["tick"], x=0.99, ha="right")
     _headline(figure, title)
     return figure
+
+
+def side_by_side_figure(
+    mel: ArrayLike,
+    masks: Mapping[str, ArrayLike],
+    columns: Mapping[str, Mapping[str, ArrayLike]],
+    *,
+    grid: MelGrid | None = None,
+    title: str = "",
+) -> Figure:
+    """The same words in the maps of several models: one row per word, one column per kind of map (the paper's Fig. 4).
+
+    First the mix's mel spectrogram and the word's mask, then every map, divided by its mean. The words of a column share its
+    colour scale, which is written under it; a column that is flat looks flat.
+
+    Parameters
+    ----------
+    mel : array_like, shape (time, mel)
+        Log-mel of the mix, natural logarithm.
+    masks : mapping of word to array_like of bool, shape (time, mel)
+        Their order is that of the rows.
+    columns : mapping of label to mapping of word to array_like, shape (time, mel)
+    grid : MelGrid, optional
+        Default ``MelGrid()``.
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        No words or columns, a column without a word, or an array of another shape than the grid's.
+    """
+    grid = MelGrid() if grid is None else grid
+    if not masks or not columns:
+        raise ValueError(f"nothing to draw: {len(masks)} words and {len(columns)} columns")
+    missing = [(label, word) for label, heats in columns.items() for word in masks if word not in heats]
+    if missing:
+        raise ValueError(f"the column {missing[0][0]!r} has no map of {missing[0][1]!r}")
+    spectrogram = _decibels(_on_grid(mel, grid, "mel"))
+    figure = _figure(2.1 * (2 + len(columns)), 1.1 + 1.75 * len(masks))
+    panels = figure.subplots(len(masks), 2 + len(columns), sharex=True, sharey=True, squeeze=False)
+    end = grid.start + grid.duration if grid.duration is not None else grid.time
+    extent = (grid.start if grid.duration is not None else 0, end, 0, grid.mel)
+    image: dict[str, Any] = {"origin": "lower", "aspect": "auto", "extent": extent, "interpolation": "nearest"}
+    for row, (word, mask) in zip(panels, masks.items(), strict=True):
+        row[0].imshow(spectrogram.T, cmap="magma", vmin=-FLOOR_DB, vmax=0, **image)
+        row[1].imshow(_on_grid(mask, grid, f"the mask of {word!r}").T, cmap="gray", vmin=0, vmax=1, **image)
+        row[0].set_ylabel(f"{word}\nHz", fontsize=TEXT["label"])
+    for place, (label, heats) in enumerate(columns.items(), 2):
+        low, high = shared_limits({word: heats[word] for word in masks})
+        for row, word in zip(panels, masks, strict=True):
+            heat = relative(_on_grid(heats[word], grid, f"{label!r} of {word!r}"))
+            row[place].imshow(heat.T, cmap="viridis", vmin=low, vmax=high, **image)
+        panels[-1, place].set_xlabel(f"÷ mean: {low:.2g} to {high:.2g}", fontsize=TEXT["tick"])
+    for axes, heading in zip(panels[0], ("mix", "mask", *columns), strict=True):
+        axes.set_title(heading.replace(" ", "\n"), fontsize=TEXT["label"])
+    for axes in panels.flat:
+        axes.tick_params(labelsize=TEXT["tick"])
+    panels[-1, 0].set_xlabel("time (s)" if grid.duration is not None else "column", fontsize=TEXT["label"])
+    _hertz(panels[0, 0], grid, "y")
+    _headline(figure, title)
+    return figure
+
+
+#: what a contrast is called on a figure, and what a map that knows nothing has
+CONTRASTS = {
+    "above_chance": ("AP − chance", 0.0),
+    "word_swap": ("word swap (AP)", 0.0),
+    "piece_swap": ("piece swap (AP)", 0.0),
+    "presence": ("presence (AUROC)", 0.5),
+}
+MODELS = ("#1d4ed8", "#c2410c")
+
+
+def contrast_figure(
+    rows: Sequence[Mapping[str, Any]], models: Sequence[str], fresh: Sequence[Mapping[str, Any]] = ()
+) -> Figure:
+    """Contrasts of two models with their intervals, and where fresh initialisations lie.
+
+    One panel for each of :data:`CONTRASTS`; in it one pair of bars per kind of map and noise level, from what a map that knows
+    nothing has; lines are 95 % intervals, grey boxes the range over fresh initialisations.
+
+    Parameters
+    ----------
+    rows, fresh
+        Of :class:`aiba_eval.comparing.Comparison`.
+    models : labels of the models
+
+    Raises
+    ------
+    ValueError
+        There is no row to draw.
+    """
+    shown = [
+        row for row in rows if row["word"] == "all" and row["target"] in ("", "dominance") and row["level"] is not None
+    ]
+    held = [m for m in CONTRASTS if any(row["measure"] == m and np.isfinite(row["value"]) for row in shown)]
+    if not held:
+        raise ValueError("nothing to draw: no row has a contrast")
+    figure = _figure(3.1 * len(held), 3.6)
+    panels = figure.subplots(1, len(held), squeeze=False)[0]
+    width = 0.8 / len(models)
+    for axes, measure in zip(panels, held, strict=True):
+        of = [row for row in shown if row["measure"] == measure]
+        places = list(dict.fromkeys((row["map"], row["level"]) for row in of))
+        heading, base = CONTRASTS[measure]
+        axes.axhline(base, color="0.4", linewidth=0.8)
+        for number, (model, colour) in enumerate(zip(models, MODELS, strict=False)):
+            chosen = [row for row in of if row["model"] == model]
+            at = np.array(
+                [places.index((row["map"], row["level"])) + (number - (len(models) - 1) / 2) * width for row in chosen]
+            )
+            values, low, high = (np.array([float(row[k]) for row in chosen]) for k in ("value", "low", "high"))
+            axes.bar(at, values - base, width * 0.92, bottom=base, color=colour, alpha=0.75, label=model)
+            axes.vlines(at, low, high, color="black", linewidth=1.2)
+            for x, row in zip(at, chosen, strict=True):
+                drawn = [f["fresh"] for f in fresh if all(f[k] == row[k] for k in ("model", "map", "level", "measure"))]
+                if drawn:
+                    box = (x - width * 0.3, min(drawn[0]), width * 0.6, max(max(drawn[0]) - min(drawn[0]), 1e-4))
+                    axes.add_patch(_rectangle(*box))
+        axes.set_title(heading, fontsize=TEXT["title"])
+        axes.set_xticks(range(len(places)), [f"{kind}\nt = {level}" for kind, level in places])
+        axes.tick_params(labelsize=TEXT["tick"])
+    panels[0].legend(frameon=False, fontsize=TEXT["tick"])
+    note = "lines: 95 % intervals over pieces"
+    figure.supxlabel(
+        f"{note}; grey: fresh initialisations" if fresh else note, fontsize=TEXT["tick"], x=0.99, ha="right"
+    )
+    return figure
+
+
+def site_figure(profiles: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Figure:
+    """Entropy over words and mass on what is no word, site by site: one row per model, one line per noise level.
+
+    Parameters
+    ----------
+    profiles
+        Of :class:`aiba_eval.comparing.Comparison`.
+    models : labels of the models
+
+    Raises
+    ------
+    ValueError
+        There is no site to draw.
+    """
+    if not profiles:
+        raise ValueError("nothing to draw: no model has attention sites")
+    figure = _figure(9.5, 0.8 + 2.3 * len(models))
+    panels = figure.subplots(len(models), 2, sharey="col", squeeze=False)
+    levels = sorted({row["level"] for row in profiles})
+    styles = ("-", "--", ":", "-.")
+    for (entropy, mass), model, colour in zip(panels, models, MODELS, strict=False):
+        for number, level in enumerate(levels):
+            of = [row for row in profiles if row["model"] == model and row["level"] == level]
+            sites = range(len(of))
+            line: dict[str, Any] = {"linestyle": styles[number % len(styles)], "marker": ".", "linewidth": 1.4}
+            entropy.plot(sites, [row["entropy"] for row in of], color=colour, label=f"t = {level}", **line)
+            for key, name, shade in (
+                ("padding_mass", "padding", "#7e22ce"),
+                ("special_mass", "special tokens", "#15803d"),
+            ):
+                mass.plot(sites, [row[key] for row in of], color=shade, label=f"{name}, t = {level}", **line)
+        entropy.set_title(f"{model}: entropy over words", fontsize=TEXT["label"], loc="left")
+        mass.set_title(f"{model}: mass on sinks", fontsize=TEXT["label"], loc="left")
+        for axes in (entropy, mass):
+            axes.set_xlabel("attention site, in order", fontsize=TEXT["tick"])
+            axes.tick_params(labelsize=TEXT["tick"])
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend(frameon=False, fontsize=TEXT["tick"], loc="best")
+        entropy.axhline(1.0, color="0.6", linewidth=0.8)
+        entropy.set_ylim(min(0.9, *(0.98 * row["entropy"] for row in profiles if np.isfinite(row["entropy"]))), 1.01)
+        mass.set_ylim(-0.02, 1.02)
+    return figure
+
+
+def _rectangle(x: float, y: float, width: float, height: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, facecolor="0.6", edgecolor="0.3", alpha=0.7, linewidth=0.6, zorder=3)
 
 
 def shared_limits(heats: Mapping[str, ArrayLike]) -> tuple[float, float]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,7 +91,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
     folder = Path(name).expanduser()
     try:
         if chosen is not None:
-            pipeline = chosen.load()
+            with _without_bars():
+                pipeline = chosen.load()
         elif folder.exists():
             origin, pipeline = "folder", _from_folder(folder, name, kind)
         elif _HUB_ID.fullmatch(name):
@@ -204,10 +206,12 @@ def _from_hub(name: str, dtype: str) -> Any:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Keep the libraries' own loading bars off, and leave that as found."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    libraries = []
+    for name in ("diffusers", "transformers"):
+        # a plugin's model may need neither
+        with suppress(ModuleNotFoundError):
+            libraries.append(import_module(f"{name}.utils.logging"))
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()
     try:

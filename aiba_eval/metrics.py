@@ -22,16 +22,22 @@ Metrics
 * :func:`iou`, :func:`iou_curve`, :func:`iou_area`: overlap with the thresholded map, at one threshold or over all.
 * :func:`precision_recall_f1`: of the thresholded map.
 * :func:`profile_pearson`, :func:`profile_spearman`: correlation of the time-averaged profiles over frequency.
+* :func:`temporal_pearson`, :func:`temporal_spearman`: correlation of the frequency-averaged profiles over time.
 * :func:`pointing_game`: whether the maximum lies on the mask.
 * :func:`mass_accuracy`: share of the map's sum on the mask.
 * :func:`rank_accuracy`: share of the top cells, as many as the mask has, on the mask.
 * :func:`evaluate`: all of these.
+* :func:`confusion`, :func:`averaged`: counts of cells, and precision, recall, F1 and IoU over many masks: micro, macro and
+  positive-weighted.
+
+Onsets and beats are in :mod:`aiba_eval.rhythm`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,6 +54,8 @@ UNDEFINED: Mapping[str, str] = MappingProxyType(
         "precision": "no cell is above the threshold",
         "profile_pearson": "a profile over frequency is constant",
         "profile_spearman": "a profile over frequency is constant",
+        "temporal_pearson": "a profile over time is constant",
+        "temporal_spearman": "a profile over time is constant",
         "mass_accuracy": "the map has negative values or no mass",
     }
 )
@@ -213,10 +221,12 @@ def precision_recall_f1(saliency: ArrayLike, mask: ArrayLike, threshold: float =
 
 def frequency_profile(values: ArrayLike) -> Floats:
     """Mean over time of a (time, mel) array, shape (mel,)."""
-    array = np.asarray(values, float)
-    if array.ndim != 2:
-        raise ValueError(f"need a (time, mel) array, got shape {array.shape}")
-    return array.mean(axis=0)
+    return _profile(values, 0)
+
+
+def temporal_profile(values: ArrayLike) -> Floats:
+    """Mean over frequency of a (time, mel) array, shape (time,)."""
+    return _profile(values, 1)
 
 
 def profile_pearson(saliency: ArrayLike, target: ArrayLike) -> float:
@@ -241,12 +251,7 @@ def profile_pearson(saliency: ArrayLike, target: ArrayLike) -> float:
     ValueError
         If shapes differ or values are not finite.
     """
-    profiles = _profiles(saliency, target)
-    if profiles is None:
-        return float("nan")
-    from scipy.stats import pearsonr
-
-    return float(pearsonr(*profiles)[0])
+    return _correlation(saliency, target, 0, "pearsonr")
 
 
 def profile_spearman(saliency: ArrayLike, target: ArrayLike) -> float:
@@ -254,18 +259,44 @@ def profile_spearman(saliency: ArrayLike, target: ArrayLike) -> float:
 
     Parameters, returns and errors as in :func:`profile_pearson`.
     """
-    profiles = _profiles(saliency, target)
-    if profiles is None:
-        return float("nan")
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(*profiles)[0])
+    return _correlation(saliency, target, 0, "spearmanr")
 
 
-def _profiles(saliency: ArrayLike, target: ArrayLike) -> tuple[Floats, Floats] | None:
+def temporal_pearson(saliency: ArrayLike, target: ArrayLike) -> float:
+    """Pearson correlation of the two profiles over time: does the map follow *when* the instrument plays?
+
+    With the power mel of the stem as the target it is the temporal energy correlation: the map's profile against the
+    stem's energy per column. With a mask, against the number of rows that are on.
+
+    Parameters, returns and errors as in :func:`profile_pearson`; ``nan`` against a target that is constant in time, such
+    as a knowledge band. Columns are no independent draws either: compare with a time shift.
+    """
+    return _correlation(saliency, target, 1, "pearsonr")
+
+
+def temporal_spearman(saliency: ArrayLike, target: ArrayLike) -> float:
+    """Spearman rank correlation of the two profiles over time; free of the scale of the energy.
+
+    Parameters, returns and errors as in :func:`temporal_pearson`.
+    """
+    return _correlation(saliency, target, 1, "spearmanr")
+
+
+def _profile(values: ArrayLike, axis: int) -> Floats:
+    array = np.asarray(values, float)
+    if array.ndim != 2:
+        raise ValueError(f"need a (time, mel) array, got shape {array.shape}")
+    return array.mean(axis=axis)
+
+
+def _correlation(saliency: ArrayLike, target: ArrayLike, axis: int, name: str) -> float:
     values, other = _validate_real(saliency, target, "target")
-    a, b = frequency_profile(values), frequency_profile(other)
-    return None if _constant(a) or _constant(b) else (a, b)
+    a, b = _profile(values, axis), _profile(other, axis)
+    if _constant(a) or _constant(b):
+        return float("nan")
+    from scipy import stats
+
+    return float(getattr(stats, name)(a, b)[0])
 
 
 def dilate(mask: ArrayLike, *, mel_tolerance: int = 0, time_tolerance: int = 0) -> Mask:
@@ -367,10 +398,108 @@ def rank_accuracy(saliency: ArrayLike, mask: ArrayLike) -> float:
     return float(hits / size)
 
 
+class Confusion(NamedTuple):
+    """Cells of a thresholded map against a mask.
+
+    Attributes
+    ----------
+    tp, fp, fn, tn : int
+        On both; on the map only; on the mask only; on neither.
+    """
+
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+
+
+def confusion(saliency: ArrayLike, mask: ArrayLike, threshold: float = 0.5) -> Confusion:
+    """Counts of cells on and off, of the normalised map strictly above a threshold.
+
+    Unlike the other metrics it is defined for an empty or a full mask: add the counts of many masks, then
+    :func:`averaged`.
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+    mask : array_like of bool, shape (time, mel)
+    threshold : float
+        τ, on the map normalised to [0, 1].
+
+    Returns
+    -------
+    Confusion
+
+    Raises
+    ------
+    ValueError
+        As :func:`validate`.
+    """
+    values, target = validate(saliency, mask)
+    on = normalise(values) > threshold
+    both, chosen, wanted = int((on & target).sum()), int(on.sum()), int(target.sum())
+    return Confusion(both, chosen - both, wanted - both, on.size - chosen - wanted + both)
+
+
+def averaged(confusions: Sequence[Confusion] | ArrayLike) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 and IoU over several labels, averaged in the three usual ways.
+
+    With P = TP / (TP + FP), R = TP / (TP + FN), F1 = 2 TP / (2 TP + FP + FN), IoU = TP / (TP + FP + FN) of each label::
+
+        micro               of the sums of TP, FP and FN: every cell counts the same, so wide masks decide
+        macro               mean over labels: every label counts the same
+        positive-weighted   mean weighted by each label's positives TP + FN; scikit-learn's ``average="weighted"``
+
+    A label whose denominator is 0 is left out of that mean, as with scikit-learn's ``zero_division=nan``. If none of those
+    left has positives, the weighted mean is ``nan``; scikit-learn would drop the weights.
+
+    Parameters
+    ----------
+    confusions : sequence of Confusion, or array_like of shape (labels, 4)
+        One per label. For a score per class, add those of a class over pieces first.
+
+    Returns
+    -------
+    dict of str to dict of str to float
+        ``micro``, ``macro`` and ``positive-weighted``, each with ``precision``, ``recall``, ``f1``, ``iou``; ``nan`` where
+        no label has a denominator.
+
+    Raises
+    ------
+    ValueError
+        If there is no label, or the counts are not (labels, 4) and non-negative.
+    """
+    counts = np.asarray(confusions, float)
+    if counts.ndim != 2 or counts.shape[1] != 4 or not len(counts) or counts.min() < 0:
+        raise ValueError(f"need (tp, fp, fn, tn) of at least one label, got shape {counts.shape}")
+    names = ("precision", "recall", "f1", "iou")
+
+    def ratios(rows: Floats) -> tuple[Floats, Mask]:
+        tp, fp, fn, _ = rows.T
+        above = np.stack([tp, tp, 2 * tp, tp])
+        below = np.stack([tp + fp, tp + fn, 2 * tp + fp + fn, tp + fp + fn])
+        return np.divide(above, below, out=np.zeros_like(above), where=below > 0), below > 0
+
+    def mean(weights: Floats) -> dict[str, float]:
+        used = weights * defined
+        total = used.sum(axis=1)
+        means = np.divide((used * each).sum(axis=1), total, out=np.full(4, np.nan), where=total > 0)
+        return dict(zip(names, means.tolist()))
+
+    each, defined = ratios(counts)
+    whole, there = ratios(counts.sum(axis=0, keepdims=True))
+    return {
+        "micro": {name: float(v[0]) if ok[0] else float("nan") for name, v, ok in zip(names, whole, there)},
+        "macro": mean(np.ones(len(counts))),
+        "positive-weighted": mean(counts[:, 0] + counts[:, 2]),
+    }
+
+
 def evaluate(
     saliency: ArrayLike,
     mask: ArrayLike,
     *,
+    metrics: Sequence[str] | None = None,
     threshold: float = 0.5,
     thresholds: ArrayLike = THRESHOLDS,
     mel_tolerance: int = 0,
@@ -382,6 +511,8 @@ def evaluate(
     ----------
     saliency : array_like, shape (time, mel)
     mask : array_like of bool, shape (time, mel)
+    metrics : sequence of str, optional
+        A selection of :data:`METRICS`; nothing else is computed. Default all.
     threshold : float
         For ``iou``, ``precision``, ``recall`` and ``f1``.
     thresholds : array_like
@@ -392,30 +523,38 @@ def evaluate(
     Returns
     -------
     dict of str to float
-        ``average_precision, iou, iou_area, precision, recall, f1, profile_pearson, profile_spearman, pointing_game,
-        mass_accuracy, rank_accuracy``. All ``nan`` for an empty or full mask.
+        By name, in the order asked for. All ``nan`` for an empty or full mask.
 
     Raises
     ------
     ValueError
-        As :func:`validate`.
+        As :func:`validate`, or if a metric is unknown.
     """
+    chosen = METRICS if metrics is None else tuple(metrics)
+    unknown = [name for name in chosen if name not in METRICS]
+    if unknown:
+        raise ValueError(f"unknown metrics {unknown}; known: {', '.join(METRICS)}")
     values, target = validate(saliency, mask)
-    precision, recall, f1 = precision_recall_f1(values, target, threshold)
-    trivial = _trivial(target)
-    return {
-        "average_precision": average_precision(values, target),
-        "iou": iou(values, target, threshold),
-        "iou_area": iou_area(values, target, thresholds),
-        "precision": precision,
-        "recall": recall,
-        "f1": f1,
-        "profile_pearson": float("nan") if trivial else profile_pearson(values, target),
-        "profile_spearman": float("nan") if trivial else profile_spearman(values, target),
-        "pointing_game": pointing_game(values, target, mel_tolerance=mel_tolerance, time_tolerance=time_tolerance),
-        "mass_accuracy": mass_accuracy(values, target),
-        "rank_accuracy": rank_accuracy(values, target),
+    if _trivial(target):
+        return dict.fromkeys(chosen, float("nan"))
+    on: dict[str, float] = {}
+    if not {"precision", "recall", "f1"}.isdisjoint(chosen):
+        on = dict(zip(("precision", "recall", "f1"), precision_recall_f1(values, target, threshold)))
+    compute: Mapping[str, Callable[[], float]] = {
+        "average_precision": lambda: average_precision(values, target),
+        "iou": lambda: iou(values, target, threshold),
+        "iou_area": lambda: iou_area(values, target, thresholds),
+        "profile_pearson": lambda: profile_pearson(values, target),
+        "profile_spearman": lambda: profile_spearman(values, target),
+        "temporal_pearson": lambda: temporal_pearson(values, target),
+        "temporal_spearman": lambda: temporal_spearman(values, target),
+        "pointing_game": lambda: pointing_game(
+            values, target, mel_tolerance=mel_tolerance, time_tolerance=time_tolerance
+        ),
+        "mass_accuracy": lambda: mass_accuracy(values, target),
+        "rank_accuracy": lambda: rank_accuracy(values, target),
     }
+    return {name: on[name] if name in on else compute[name]() for name in chosen}
 
 
 #: Names of the metrics, in the order of :func:`evaluate`.
@@ -428,6 +567,8 @@ METRICS: tuple[str, ...] = (
     "f1",
     "profile_pearson",
     "profile_spearman",
+    "temporal_pearson",
+    "temporal_spearman",
     "pointing_game",
     "mass_accuracy",
     "rank_accuracy",

@@ -27,20 +27,37 @@ class OutputFolder:
     path
         Made if it is not there.
     kind
-        ``"run"`` or ``"demo"``.
+        ``"run"``, ``"demo"`` or ``"compare"``.
     overwrite
         Replace the output of an earlier command of the same kind.
+    configuration
+        For work that goes on where it was stopped: what decides its results. A former output folder of the same
+        configuration keeps its files, and may be written on; one of another configuration is refused.
+
+    Attributes
+    ----------
+    resumed : whether an earlier command of this configuration has begun here
 
     Raises
     ------
     FolderInUse
-        The folder is not empty and is no former output folder of this kind, or it is one and ``overwrite`` is False.
+        The folder is not empty and is no former output folder of this kind, or it is one, its configuration is not the
+        given one and ``overwrite`` is False.
     """
 
-    def __init__(self, path: str | Path, kind: str, *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        kind: str,
+        *,
+        overwrite: bool = False,
+        configuration: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path).expanduser()
         self.kind = kind
         self.files: list[str] = []
+        self.resumed = False
+        self._configuration = None if configuration is None else json.loads(dump_json(configuration))
         self._former = self._check(overwrite)
 
     @property
@@ -67,7 +84,8 @@ class OutputFolder:
         return self.manifest
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        write_json(self.manifest, {"aiba": self.kind, **record, "files": self.files})
+        own = {} if self._configuration is None else {"configuration": self._configuration}
+        write_json(self.manifest, {"aiba": self.kind, **own, **record, "files": self.files})
 
     def _check(self, overwrite: bool) -> list[str]:
         """What an earlier command has written and is to be removed."""
@@ -75,27 +93,45 @@ class OutputFolder:
             raise FolderInUse(f"{self.path} is a file, and a folder is to be written there: name another with --out")
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return []
-        listed = self._listed()
-        if listed is None:
+        record = self._record()
+        if record is None:
             raise FolderInUse(
                 f"{self.path} is not empty and is no former output folder of `aiba {self.kind}`: name another with --out"
             )
-        if not overwrite:
-            raise FolderInUse(
-                f"{self.path} holds the output of an earlier `aiba {self.kind}`: name another with --out, or replace it "
-                "with --overwrite"
-            )
-        return listed
+        listed = [name for name in record.get("files", []) if isinstance(name, str)]
+        if overwrite:
+            return listed
+        differs = "" if self._configuration is None else self._differs(record.get("configuration"))
+        if self._configuration is not None and not differs:
+            self.files, self.resumed = listed, True
+            return []
+        raise FolderInUse(
+            f"{self.path} holds the output of an earlier `aiba {self.kind}`{differs}: name another with --out, or replace it "
+            "with --overwrite"
+        )
 
-    def _listed(self) -> list[str] | None:
-        """What an earlier command of this kind has written, or None if there was none."""
+    def _differs(self, former: Any) -> str:
+        """What of the configuration is not as it was, in words; empty if all is."""
+        own, theirs = self._configuration or {}, former if isinstance(former, dict) else {}
+        keys = [key for key in {**theirs, **own} if own.get(key) != theirs.get(key)]
+        said = [f"{key} {_short(theirs.get(key))} there and {_short(own.get(key))} now" for key in keys[:3]]
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        return f" with another configuration ({'; '.join(said)}{more})" if keys else ""
+
+    def _record(self) -> dict[str, Any] | None:
+        """The manifest of an earlier command of this kind, or None if there was none."""
         try:
             record = json.loads(self.manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         if not isinstance(record, dict) or record.get("aiba") != self.kind:
             return None
-        return [name for name in record.get("files", []) if isinstance(name, str)]
+        return record
+
+
+def _short(value: Any, width: int = 60) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _remove(root: Path, name: str) -> None:

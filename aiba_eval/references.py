@@ -17,6 +17,8 @@ References
 * :func:`uniform`: the constant map itself.
 * :func:`mix_energy`: the energy of the mix. It never read the text.
 * :func:`class_prior`: the mean mask of a class over other pieces. It never read the model or the audio.
+* :func:`prior_times_mix`: both of these together. It knows the word and the audio, and never ran the model.
+* :func:`time_shift`: the model's own map at a wrong time.
 * :func:`oracle_projection`: the mask itself, at the resolution of the attention lattice.
 """
 
@@ -32,6 +34,9 @@ from aiba_eval import metrics
 from aiba_eval.grid import LOG_FLOOR, MelGrid, area_matrix, linear_matrix
 
 Floats = NDArray[np.float64]
+
+#: Fractions of a map's length that :func:`time_shift` is averaged over: both parts of the golden section.
+SHIFTS = (0.382, 0.618)
 
 
 def chance_average_precision(p: float, cells: int | None = None) -> float:
@@ -81,8 +86,8 @@ def chance(
     precision, recall, f1        p, q, 2pq / (p + q)
     pointing_game                area of the mask with its tolerance
     mass_accuracy, rank_accuracy p
-    profile_pearson, _spearman   ``nan``: zero on average, but smooth profiles correlate by accident, so that
-                                 zero is no fair bar; use a permutation over pieces or labels
+    profile_ and temporal_       ``nan``: zero on average, but smooth profiles correlate by accident, so that
+    _pearson, _spearman          zero is no fair bar; use a permutation over pieces or labels, or a time shift
     ============================ =====================================================
 
     Parameters
@@ -189,7 +194,7 @@ def class_prior(masks: Iterable[ArrayLike], *, frequency_only: bool = True) -> F
     Returns
     -------
     ndarray, shape (time, mel), in [0, 1]
-        Times the mix's power it becomes the stronger reference "prior × mix".
+        Times the mix's energy it becomes the stronger reference :func:`prior_times_mix`.
 
     Raises
     ------
@@ -210,6 +215,65 @@ def class_prior(masks: Iterable[ArrayLike], *, frequency_only: bool = True) -> F
         raise ValueError("no masks to average")
     prior = total / count
     return np.tile(prior.mean(axis=0), (prior.shape[0], 1)) if frequency_only else prior
+
+
+def prior_times_mix(prior: ArrayLike, mix: ArrayLike) -> Floats:
+    """Prior × mix, cell by cell: where the class usually lies and this mix is loud.
+
+    It has read the text and heard the audio, and ran no model: often the strongest reference, and the one that may have a
+    word swap and a piece swap both (:mod:`aiba_eval.contrasts`).
+
+    Parameters
+    ----------
+    prior : array_like, shape (time, mel)
+        From :func:`class_prior`.
+    mix : array_like, shape (time, mel)
+        From :func:`mix_energy`.
+
+    Returns
+    -------
+    ndarray, shape (time, mel), non-negative
+
+    Raises
+    ------
+    ValueError
+        If shapes differ or either has negative or non-finite cells.
+    """
+    one, other = np.asarray(prior, float), np.asarray(mix, float)
+    if one.shape != other.shape or one.ndim != 2:
+        raise ValueError(f"prior and mix must be (time, mel) of one shape, got {one.shape} and {other.shape}")
+    for name, array in (("prior", one), ("mix", other)):
+        if not np.isfinite(array).all() or array.min() < 0:
+            raise ValueError(f"{name} must be finite and non-negative, its minimum is {array.min()}")
+    return one * other
+
+
+def time_shift(saliency: ArrayLike, fraction: float = SHIFTS[0]) -> Floats:
+    """A map moved round in time by a fraction of its length: the same frequencies at wrong times.
+
+    What a map scores without timing. Against a mask that is the same at all times, such as a band, nothing changes. (A
+    shift round in frequency would be no fair null: it turns bass into treble.)
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+    fraction : float
+        In (0, 1). Default the smaller part of the golden section, which falls on no bar or beat of a steady metre.
+
+    Returns
+    -------
+    ndarray, shape (time, mel)
+
+    Raises
+    ------
+    ValueError
+        If the map is not (time, mel) or the fraction moves it by no column or all.
+    """
+    values = np.asarray(saliency, float)
+    columns = round(fraction * len(values)) if values.ndim == 2 else 0
+    if values.ndim != 2 or not 0 < columns < len(values):
+        raise ValueError(f"a map of shape {values.shape} cannot be shifted by {fraction} of its columns")
+    return np.roll(values, columns, axis=0)
 
 
 def oracle_projection(mask: ArrayLike, lattice: tuple[int, int] | Sequence[tuple[int, int]]) -> Floats:

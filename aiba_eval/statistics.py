@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -217,21 +217,29 @@ def permutation_p(observed: float, null: ArrayLike, *, alternative: Alternative 
 def assignment_permutation(
     matrices: ArrayLike | Iterable[ArrayLike],
     *,
+    labels: Sequence[Sequence[Hashable]] | None = None,
+    weights: Sequence[ArrayLike] | None = None,
     alternative: Alternative = "greater",
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> float:
     """P-value of maps against their own masks, when masks are dealt out to maps at random.
 
-    The statistic is the mean over matrices of the mean diagonal; under the null the rows of each matrix are shuffled.
-    One matrix per piece, over its words, permutes *labels*: is it this word's map? One matrix per word, over pieces,
-    permutes *pieces*: is it this audio's map? The scores of every map against every mask are all that it takes
+    The statistic is the weighted sum of all diagonals; under the null the rows of each matrix are shuffled. One matrix per
+    piece, over its words, permutes *labels*: is it this word's map? One matrix per word, over pieces, permutes *pieces*: is
+    it this audio's map? The scores of every map against every mask are all that it takes
     (:func:`aiba_eval.contrasts.cross_scores`).
 
     Parameters
     ----------
     matrices : array_like, shape (n, n), or iterable of those
         ``matrix[i, j]``: score of map i against mask j.
+    labels : sequence of sequence, optional
+        Names of each matrix's rows. Rows of one name move together: each draw orders all names at random, and every
+        matrix follows that order. Words of a piece share its audio, so matrices per word need this. Default: every
+        matrix is shuffled on its own.
+    weights : sequence of array_like of shape (n,), optional
+        Of each matrix's columns. Default: the mean over columns, then over matrices.
     alternative : {"greater", "less", "two-sided"}
     resamples : int
         Random permutations, p as in :func:`permutation_p`.
@@ -245,18 +253,34 @@ def assignment_permutation(
     Raises
     ------
     ValueError
-        If no matrix has two rows, one is not square or not finite, or an option is unknown.
+        If no matrix has two rows, one is not square or not finite, labels or weights do not fit, or an option is unknown.
     """
     _check(alternative, resamples)
     squares = _squares(matrices)
+    sizes = [len(square) for square in squares]
+    columns = [np.full(n, 1 / n) for n in sizes] if weights is None else [np.asarray(w, float) for w in weights]
+    if [w.shape for w in columns] != [(n,) for n in sizes]:
+        raise ValueError(f"weights must be one per column of matrices of sizes {sizes}")
+    names = None if labels is None else [list(some) for some in labels]
+    if names is not None and [len(set(some)) for some in names] != sizes:
+        raise ValueError(f"labels must name each row of matrices of sizes {sizes}, none twice")
     rng = np.random.default_rng(seed)
-    null = np.zeros(resamples)
-    for square in squares:
+    keys: dict[Hashable, Floats] = {}
+    null, observed = np.zeros(resamples), 0.0
+    for index, (square, weight) in enumerate(zip(squares, columns)):
         n = len(square)
-        rows = rng.permuted(np.tile(np.arange(n), (resamples, 1)), axis=1)
-        null += square[rows, np.arange(n)].mean(axis=1)
-    observed = sum(float(np.diagonal(square).mean()) for square in squares)
-    return permutation_p(observed / len(squares), null / len(squares), alternative=alternative)
+        if names is None:
+            order = rng.random((resamples, n))
+        else:
+            # a draw maps the i-th of the names here to the i-th in its order: so the names have one order everywhere
+            drawn = [keys.setdefault(name, rng.random(resamples)) for name in names[index]]
+            rank = {name: k for k, name in enumerate(keys)}
+            same = sorted(range(n), key=lambda i: rank[names[index][i]])
+            square, weight = square[np.ix_(same, same)], weight[same]
+            order = np.stack([drawn[i] for i in same], axis=1)
+        null += square[np.argsort(order, axis=1), np.arange(n)] @ weight
+        observed += float(np.diagonal(square) @ weight)
+    return permutation_p(observed, null, alternative=alternative)
 
 
 def holm(p: ArrayLike) -> Floats:
@@ -317,12 +341,18 @@ def _bootstrap(
         return Interval(estimate, estimate, estimate, count, f"all {count} pieces alike: the interval has no width")
     from scipy.stats import bootstrap
 
+    # BCa counts resamples below the estimate: equal means must be equal, whatever their sums rounded to
+    digits = 12 - math.floor(math.log10(max(abs(estimate), np.abs(samples[0]).max())))
+
+    def rounded(*drawn: Floats, axis: int) -> Any:
+        return np.round(statistic(*drawn, axis=axis), digits)
+
     def ends(method: str) -> tuple[float, float]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scipy warns of a degenerate BCa, which is handled here
             got = bootstrap(
                 samples,
-                statistic,
+                rounded,
                 paired=len(samples) > 1,
                 vectorized=True,
                 confidence_level=confidence,
@@ -373,7 +403,7 @@ def _pair(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def _squares(matrices: ArrayLike | Iterable[ArrayLike]) -> Sequence[Floats]:
-    given = list(matrices) if isinstance(matrices, Iterable) else [matrices]
+    given: list[Any] = list(matrices) if isinstance(matrices, Iterable) else [matrices]
     if given and np.ndim(given[0]) == 1:  # one matrix, whose rows were taken for matrices
         given = [np.asarray(given)]
     squares = [np.asarray(matrix, float) for matrix in given]

@@ -15,15 +15,19 @@ Contents
 
 * :func:`band_mask`: a fixed frequency band per instrument, from a named preset. It holds for all times, so it
   cannot test timing.
+* :func:`active_band_mask`: the same while the instrument plays, where notes are known and stems are not.
 * :func:`dominance_mask`: cells where one stem holds more than a share of all stems. It separates instruments best.
 * :func:`energy_mask`: cells where a stem is within some decibels of its own loudest cell.
 * :func:`soft_share`: the share itself, for correlations.
+* :func:`data_profile`, :func:`profile_mask`: where the power of a class lies in frequency, from other pieces' stems.
+* :func:`ground_truth`: all of these for one section, with areas, and what had to be left out.
 * :func:`presets`, :func:`instruments`, :func:`canonical`: what is known, and under which names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -32,6 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from aiba_eval.grid import MelGrid
 
+Floats = NDArray[np.float64]
 Quantity = Literal["power", "magnitude"]
 
 
@@ -88,6 +93,7 @@ _ALIASES: Mapping[str, str] = MappingProxyType(
         "acoustic bass": "bass",
         "synth bass": "bass",
         "basses": "bass",
+        "bells": "chromatic percussion",
         "drum": "drums",
         "drum kit": "drums",
         "drumkit": "drums",
@@ -165,12 +171,16 @@ def canonical(instrument: str) -> str:
     ValueError
         If no preset and no alias knows the instrument; the message lists those known.
     """
-    name = " ".join(instrument.lower().replace("_", " ").replace("-", " ").split())
-    name = _ALIASES.get(name, name)
+    name = _class_of(instrument)
     known = sorted({i for bands in PRESETS.values() for i in bands})
     if name not in known:
         raise ValueError(f"unknown instrument {instrument!r}; known: {', '.join(known)}; also: {', '.join(_ALIASES)}")
     return name
+
+
+def _class_of(instrument: str) -> str:
+    name = " ".join(instrument.lower().replace("_", " ").replace("-", " ").split())
+    return _ALIASES.get(name, name)
 
 
 def band(instrument: str, preset: str = "paper") -> Band:
@@ -222,7 +232,41 @@ def band_mask(instrument: str, grid: MelGrid | None = None, preset: str = "paper
     return np.tile(rows, (grid.time, 1))
 
 
-def _linear_mel(name: str, stem: ArrayLike) -> NDArray[np.float64]:
+def active_band_mask(
+    instrument: str, active: ArrayLike, grid: MelGrid | None = None, preset: str = "measured"
+) -> NDArray[np.bool_]:
+    """Knowledge band while the instrument plays: :func:`band_mask` in the columns that are active, empty in the others.
+
+    For datasets with notes and without stems (MusicNet): ``piece.sounding(instrument, centres of the columns)``. Unlike
+    a band it tests timing; unlike a mask from stems it does not know where in its band the instrument sounds.
+
+    Parameters
+    ----------
+    instrument : str
+    active : array_like of bool, shape (time,)
+        Per column of the grid.
+    grid : MelGrid, optional
+        Default ``MelGrid()``.
+    preset : str
+        One of :func:`presets`.
+
+    Returns
+    -------
+    ndarray of bool, shape (time, mel)
+
+    Raises
+    ------
+    ValueError
+        As :func:`band_mask`, or if ``active`` is not one value per column.
+    """
+    mask = band_mask(instrument, grid, preset)
+    columns = np.asarray(active, bool)
+    if columns.shape != mask.shape[:1]:
+        raise ValueError(f"need one value for each of {mask.shape[0]} columns, got shape {columns.shape}")
+    return mask & columns[:, None]
+
+
+def _linear_mel(name: str, stem: ArrayLike) -> Floats:
     mel = np.asarray(stem, float)
     if mel.ndim != 2 or mel.size == 0:
         raise ValueError(f"stem {name!r} must be (time, mel), got shape {mel.shape}")
@@ -231,7 +275,7 @@ def _linear_mel(name: str, stem: ArrayLike) -> NDArray[np.float64]:
     return mel
 
 
-def _above_floor(mel: NDArray[np.float64], floor_db: float, quantity: Quantity) -> NDArray[np.bool_]:
+def _above_floor(mel: Floats, floor_db: float, quantity: Quantity) -> NDArray[np.bool_]:
     if quantity not in ("power", "magnitude"):
         raise ValueError(f"quantity must be 'power' or 'magnitude', got {quantity!r}")
     return mel > mel.max() * 10 ** (floor_db / (10 if quantity == "power" else 20))
@@ -239,7 +283,7 @@ def _above_floor(mel: NDArray[np.float64], floor_db: float, quantity: Quantity) 
 
 def soft_share(
     stem_mels: Mapping[str, ArrayLike], instrument: str, *, floor_db: float = -40.0, quantity: Quantity = "power"
-) -> NDArray[np.float64]:
+) -> Floats:
     """Share of one stem in the sum of all, cell by cell.
 
     ::
@@ -323,3 +367,178 @@ def energy_mask(stem: ArrayLike, floor_db: float = -30.0, *, quantity: Quantity 
         If the stem is not (time, mel), negative or not finite.
     """
     return _above_floor(_linear_mel("stem", stem), floor_db, quantity)
+
+
+def data_profile(stems: Iterable[ArrayLike], *, floor_db: float = -40.0, quantity: Quantity = "power") -> Floats:
+    """Where the power of a class lies in frequency: the mean over frames of each frame's share per row.
+
+    ::
+
+        profile(f) = mean over frames t of X_t(f) / sum_f X_t(f)
+
+    over the frames of all stems whose sum lies above the floor. Each frame counts the same, loud or soft, so that one
+    loud piece does not decide; every stem counts by its audible frames. Take stems of pieces that are *not* scored.
+
+    Parameters
+    ----------
+    stems : iterable of array_like, shape (time, mel)
+        Linear mels of one class. Times may differ, rows may not.
+    floor_db : float
+        Frames below this level against the stem's loudest frame are silent and left out.
+    quantity : {"power", "magnitude"}
+
+    Returns
+    -------
+    ndarray, shape (mel,)
+        Non-negative, with sum 1. ``np.tile(profile, (grid.time, 1))`` is the profile as a map.
+
+    Raises
+    ------
+    ValueError
+        If there is no audible frame, numbers of rows differ, or a stem is negative or not finite.
+    """
+    total: Floats | None = None
+    frames = 0
+    for stem in stems:
+        mel = _linear_mel("stem", stem)
+        if total is not None and total.size != mel.shape[1]:
+            raise ValueError(f"stems must have the same rows: {total.size}, then {mel.shape[1]}")
+        loudness = mel.sum(axis=1, keepdims=True)
+        audible = mel[_above_floor(loudness, floor_db, quantity)[:, 0]]
+        shares = (audible / audible.sum(axis=1, keepdims=True)).sum(axis=0)
+        total = shares if total is None else total + shares
+        frames += len(audible)
+    if total is None or not frames:
+        raise ValueError("no frame sounds in any of the stems: there is no profile")
+    return total / frames
+
+
+def profile_mask(profile: ArrayLike, grid: MelGrid | None = None, *, share: float = 0.9) -> NDArray[np.bool_]:
+    """The fewest rows that hold a share of a profile, as a mask that is the same at all times.
+
+    Rows are taken by falling profile until they hold at least ``share`` of its sum.
+
+    Parameters
+    ----------
+    profile : array_like, shape (mel,)
+        From :func:`data_profile`.
+    grid : MelGrid, optional
+        Default ``MelGrid()``.
+    share : float
+        In (0, 1).
+
+    Returns
+    -------
+    ndarray of bool, shape (time, mel)
+
+    Raises
+    ------
+    ValueError
+        If the profile does not have the grid's rows, is negative or has no sum, or the share is out of range.
+    """
+    grid = MelGrid() if grid is None else grid
+    values = np.asarray(profile, float)
+    if values.shape != (grid.mel,) or not np.isfinite(values).all() or values.min() < 0 or not values.sum() > 0:
+        raise ValueError(f"a profile is {grid.mel} non-negative numbers with a sum, got shape {values.shape}")
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie in (0, 1), got {share}")
+    order = np.argsort(-values, kind="stable")
+    held = np.cumsum(values[order]) / values.sum()
+    rows = np.zeros(grid.mel, bool)
+    rows[order[: int(np.searchsorted(held, share - 1e-12)) + 1]] = True
+    return np.tile(rows, (grid.time, 1))
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What the maps of one section are judged by.
+
+    Attributes
+    ----------
+    masks
+        Kind to word to mask: ``dominance``, ``energy``, ``band:<preset>``, ``profile``.
+    shares
+        Word to :func:`soft_share`, for correlations.
+    areas
+        Kind to word to :func:`area` of the mask.
+    excluded
+        (word, kind) to the reason why there is no mask. Count these beside every mean.
+    """
+
+    masks: Mapping[str, Mapping[str, NDArray[np.bool_]]]
+    shares: Mapping[str, Floats]
+    areas: Mapping[str, Mapping[str, float]]
+    excluded: Mapping[tuple[str, str], str]
+
+
+def ground_truth(
+    stem_mels: Mapping[str, ArrayLike],
+    grid: MelGrid | None = None,
+    *,
+    words: Iterable[str] | None = None,
+    profiles: Mapping[str, ArrayLike] | None = None,
+    dominance_floor_db: float = -40.0,
+    energy_floor_db: float = -30.0,
+    quantity: Quantity = "power",
+) -> GroundTruth:
+    """Every mask of every word of one section.
+
+    Parameters
+    ----------
+    stem_mels : Mapping of str to array_like, shape (time, mel)
+        Linear mels of *all* instruments of the mix, on the grid.
+    grid : MelGrid, optional
+        For bands; default ``MelGrid()``.
+    words : iterable of str, optional
+        Instruments to make masks of; default all. Name those that are silent here too: they are excluded, with the reason.
+    profiles : Mapping of word to array_like, shape (mel,), optional
+        From :func:`data_profile`, of other pieces.
+    dominance_floor_db, energy_floor_db, quantity
+        As ``floor_db`` and ``quantity`` of :func:`dominance_mask` and :func:`energy_mask`.
+
+    Returns
+    -------
+    GroundTruth
+        A mask that would be empty or full is not in ``masks`` but in ``excluded``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`soft_share`, or if the stems are not on the grid.
+    """
+    grid = MelGrid() if grid is None else grid
+    mels = {word: _linear_mel(word, stem) for word, stem in stem_mels.items()}
+    for word, mel in mels.items():
+        if mel.shape != grid.shape:
+            raise ValueError(f"stem {word!r} is {mel.shape}, the grid is {grid.shape} (time, mel)")
+    masks: dict[str, dict[str, NDArray[np.bool_]]] = {}
+    excluded: dict[tuple[str, str], str] = {}
+    shares: dict[str, Floats] = {}
+
+    def add(kind: str, word: str, mask: NDArray[np.bool_]) -> None:
+        if mask.any() and not mask.all():
+            masks.setdefault(kind, {})[word] = mask
+        else:
+            excluded[word, kind] = "the mask is full" if mask.any() else "the mask is empty"
+
+    for word in mels if words is None else words:
+        kinds = ["dominance", "energy", *(f"band:{preset}" for preset in PRESETS), *(["profile"] if profiles else [])]
+        if word not in mels or not mels[word].any():
+            excluded.update({(word, kind): "the instrument is silent" for kind in kinds})
+            continue
+        shares[word] = soft_share(mels, word, floor_db=dominance_floor_db, quantity=quantity)
+        add("dominance", word, dominance_mask(mels, word, floor_db=dominance_floor_db, quantity=quantity))
+        add("energy", word, energy_mask(mels[word], energy_floor_db, quantity=quantity))
+        for preset, bands in PRESETS.items():
+            if _class_of(word) in bands:
+                rows = grid.rows(*bands[_class_of(word)])  # a coarse grid may have none there
+                add(f"band:{preset}", word, np.tile(rows, (grid.time, 1)))
+            else:
+                excluded[word, f"band:{preset}"] = f"the preset {preset!r} has no band for it"
+        if profiles:
+            if word in profiles:
+                add("profile", word, profile_mask(profiles[word], grid))
+            else:
+                excluded[word, "profile"] = "no other piece has a profile of it"
+    areas = {kind: {word: area(mask) for word, mask in some.items()} for kind, some in masks.items()}
+    return GroundTruth(masks, shares, areas, excluded)

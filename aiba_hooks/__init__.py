@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from aiba_hooks.backbone import Backbone, Conditioning, MethodCall, Segment, SiteCall, Step
     from aiba_hooks.calls import AttentionCall
     from aiba_hooks.capturing import Capture, capture
+    from aiba_hooks.datasets import Dataset
     from aiba_hooks.errors import (
         AibaError,
         BackboneMismatch,
@@ -43,6 +44,7 @@ _HOME = {
     "CaptureBudgetExceeded": "errors",
     "CheckColumnError": "errors",
     "Conditioning": "backbone",
+    "Dataset": "datasets",
     "DegeneratePooling": "errors",
     "Kernel": "kernel",
     "Lattice": "lattice",
@@ -74,6 +76,7 @@ __all__ = [
     "CaptureBudgetExceeded",
     "CheckColumnError",
     "Conditioning",
+    "Dataset",
     "DegeneratePooling",
     "Intervention",
     "Kernel",

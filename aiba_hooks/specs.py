@@ -1,6 +1,6 @@
 """Every hook that AIBA calls. A plugin is a module (or object) with functions of these names marked ``@hookimpl``,
-published under the entry-point group ``aiba``. Kernels and backbones are asked for when a capture is entered, models when one
-is looked up by name: no hook is on the per-call path."""
+published under the entry-point group ``aiba``. Kernels and backbones are asked for when a capture is entered, models and
+datasets when one is looked up by name: no hook is on the per-call path."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pluggy import HookimplMarker, HookspecMarker
 
 if TYPE_CHECKING:
     from aiba_hooks.backbone import Backbone
+    from aiba_hooks.datasets import Dataset
     from aiba_hooks.kernel import Kernel
     from aiba_hooks.models import Model
 
@@ -41,4 +42,12 @@ def aiba_models() -> Sequence[Model]:  # type: ignore[empty-body]
     """Named pipelines that ``aiba run NAME`` and ``aiba demo`` can load beside folders and hub ids.
 
     Return a list of :class:`aiba_hooks.Model`. ``load`` imports what it needs when it is called, not here.
+    """
+
+
+@hookspec
+def aiba_datasets() -> Sequence[Dataset]:  # type: ignore[empty-body]
+    """Datasets that can be opened by name: music whose instruments are known apart, in a layout of its own.
+
+    Return a list of :class:`aiba_hooks.Dataset`. ``open`` imports what it needs when it is called, not here.
     """

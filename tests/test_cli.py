@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -103,8 +104,11 @@ def test_plugins_lists_what_each_offers():
     models = {model["name"]: model for model in by_name["demo"]["models"]}
     assert models["demo:random"]["trained"] is False
     text, _ = aiba("plugins")
-    assert "backbone audioldm2" in text
+    assert re.search(r"backbones +\S+ +aiba ", text)
+    assert re.search(r"\n +audioldm2 +aiba ", text)
     assert "demo:random: AudioLDM2Pipeline" in text
+    assert by_name["musicnet"]["datasets"][0]["licence"] == "CC BY 4.0"
+    assert re.search(r"\n +musicnet +aiba ", text)
 
 
 def test_plugins_lists_those_that_failed(fresh_plugins, tmp_path, monkeypatch):

@@ -371,9 +371,7 @@ def members(cls: type) -> list[str]:
 
 
 #: their members are what a reader of the pages writes; others (Intervention) add none of their own
-_CLASSES = (
-    "AttentionCall AttentionMaps Backbone Capture Conditioning Kernel Lattice Model Site SiteCall Step Tag TokenStream"
-)
+_CLASSES = "AttentionCall AttentionMaps Backbone Capture Conditioning Dataset Kernel Lattice Model Site SiteCall Step Tag TokenStream"
 
 
 @pytest.mark.parametrize("name", _CLASSES.split())

@@ -16,13 +16,23 @@ from aiba_eval.effects import (
     agreement,
     clean_latent,
     decode_audioldm2,
+    edit_maps,
     effect_mass,
     listed,
     presence,
     without_word,
 )
 from aiba_eval.probe import CannotProbe, add_noise, encode_audioldm2, probe
-from aiba_hooks import Backbone, Conditioning, Lattice, NothingCaptured, TokenStream, UnknownWord, intervene
+from aiba_hooks import (
+    Backbone,
+    Conditioning,
+    Lattice,
+    NothingCaptured,
+    TokenStream,
+    UnknownBackbone,
+    UnknownWord,
+    intervene,
+)
 from tests.conftest import state
 
 RATE = 16000
@@ -257,6 +267,33 @@ def test_phrases_and_occurrences():
     )
 
 
+def test_an_edit_is_the_difference_of_two_texts_and_each_text_is_predicted_once():
+    pipe = Synthetic()
+    edits = {
+        "bass": ("bass and drums", "drums"),
+        "other way": ("drums", "bass and drums"),
+        "swap": ("piano drums", "bass drums"),
+    }
+    options = {"latents": LATENT, "grid": GRID, "draws": 2, "backbone": SyntheticBackbone()}
+    maps = edit_maps(pipe, edits, timesteps=(300, 800), levels="each", part="signed", batch=16, **options)
+    assert maps.dims == ("timestep", "word", "time", "mel")
+    expected = [PATTERNS[2], -PATTERNS[2], PATTERNS[4] - PATTERNS[2]]
+    for level in (300, 800):
+        for label, pattern in zip(edits, expected, strict=True):
+            np.testing.assert_allclose(maps.sel(timestep=level, word=label), pattern, atol=3e-5)
+    assert [n for n, _, _ in pipe.unet.calls] == [4 * 2] * 2  # four texts, two draws, a forward for each level
+    assert maps["with"].values.tolist() == [pair[0] for pair in edits.values()]
+    assert maps["without"].values.tolist() == [pair[1] for pair in edits.values()]
+    mean = edit_maps(pipe, edits, timesteps=(300, 800), **options)
+    assert mean.dims == ("word", "time", "mel")
+    whole = synthetic("bass and drums", words=["bass"], timesteps=(300, 800), without={"bass": "drums"})
+    np.testing.assert_allclose(mean[0], whole[0, 0], atol=1e-6)
+    with pytest.raises(ValueError, match="edits is empty"):
+        edit_maps(pipe, {}, **options)
+    with pytest.raises(ValueError, match="one clean latent, got 2"):
+        edit_maps(pipe, edits, **options | {"latents": torch.cat([LATENT, LATENT])})
+
+
 @pytest.mark.parametrize(
     ("prompt", "word", "left"),
     [
@@ -323,6 +360,20 @@ def test_flow_matching_is_refused_by_name():
         synthetic(pipe=pipe)
     with pytest.raises(CannotProbe, match="states prediction_type='score'"):
         synthetic(pipe=Synthetic("score"))
+    pipe = Synthetic()
+    del pipe.scheduler.alphas_cumprod
+    with pytest.raises(CannotProbe, match="SimpleNamespace has no alphas_cumprod"):
+        synthetic(pipe=pipe)
+    from diffusers import CosineDPMSolverMultistepScheduler
+
+    pipe.scheduler = CosineDPMSolverMultistepScheduler()  # Stable Audio's
+    with pytest.raises(CannotProbe, match="CosineDPMSolverMultistepScheduler has no alphas_cumprod"):
+        synthetic(pipe=pipe)
+
+
+def test_an_unknown_backbone_is_refused():
+    with pytest.raises(UnknownBackbone, match="no backbone is named 'nonsense'; registered: .*audioldm2"):
+        effect_map(Synthetic(), "a bass", latents=LATENT, backbone="nonsense")
 
 
 def test_pure_noise_holds_no_clean_latent():
@@ -380,8 +431,8 @@ def test_presence_compares_present_absent_and_neutral_words(remove):
     assert masses["prompt"].values.tolist() == [
         "drums and bass",
         "bass and drums",
-        "bass, drums and piano",
-        "bass, drums and flute",
+        "drums and piano",
+        "bass and flute",
         "bass and drums",
     ]
     means = [PATTERNS[WORDS.index(w)].mean() for w in masses["word"].values]
@@ -399,6 +450,8 @@ def test_presence_over_levels_and_what_it_refuses():
     assert np.isnan(alone.attrs["auroc"])
     with pytest.raises(ValueError, match=r"absent words \['bass'\] are in the prompt"):
         presence(Synthetic(), ["bass"], absent=["bass"], **options)
+    with pytest.raises(ValueError, match="named twice"):
+        presence(Synthetic(), ["bass", "bass"], **options)
     with pytest.raises(ValueError, match="present is empty"):
         presence(Synthetic(), [], **options)
 
@@ -550,20 +603,48 @@ def test_agreement_with_attention_of_the_same_audio(pipe, noise):
     assert all(np.isfinite(found[name]).all() and (abs(found[name]) <= 2).all() for name in found)
 
 
-@pytest.mark.parametrize("remove", ["prompt", "values"])
-def test_the_diffusion_transformer_has_effect_maps(noise, remove):
+@pytest.fixture(scope="module")
+def dit():
     from aiba_plugins.demo import parts
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = parts.mel_dit(parts.vae(), parts.vocoder())
-    for part in pipe.components.values():
+        made = parts.mel_dit(parts.vae(), parts.vocoder())
+    for part in made.components.values():
         if isinstance(part, nn.Module):
             part.eval()
+    return made
+
+
+@pytest.mark.parametrize("remove", ["prompt", "values"])
+def test_the_diffusion_transformer_has_effect_maps(dit, noise, remove):
+    pipe = dit
     maps = effect_map(pipe, "a bass", waveform=noise, sample_rate=RATE, words=["bass"], remove=remove, draws=2)
     assert maps.attrs["prediction_type"] == "v_prediction"
     assert maps.attrs["frequency_resolved"]
     assert maps[0, 0].std("mel").max() > 0
+
+
+def test_a_probe_of_the_diffusion_transformer_sees_the_same_predictions(dit, noise):
+    """What a backbone's ``predict`` runs is what capture observes, on the latents that effect maps are made of."""
+    seen = []
+    forward = dit.transformer.forward
+    dit.transformer.forward = lambda hidden, *rest, **named: seen.append(hidden) or forward(hidden, *rest, **named)
+    try:
+        maps = probe(dit, noise, RATE, "a bass", timesteps=(300, 800), draws=2)
+        effect_map(
+            dit, "a bass", waveform=noise, sample_rate=RATE, words=["bass"], timesteps=(300, 800), draws=2, batch=2
+        )
+    finally:
+        dit.transformer.forward = forward
+    assert len(maps) == len(dit.transformer.transformer_blocks)
+    columns = seen[0].shape[-1]
+    for array in maps.values():
+        assert (array.sizes["step"], array.sizes["time"]) == (4, columns)
+        np.testing.assert_allclose(array["timestep"], [300, 300, 800, 800], atol=1e-3)
+    probed, given = torch.cat(seen[:4]), torch.cat(seen[4:])
+    assert torch.equal(probed, given[:4])  # with the word: level by level, its two draws
+    assert torch.equal(probed, given[4:])  # and without
 
 
 # ---- what is refused

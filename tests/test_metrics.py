@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from sklearn.metrics import average_precision_score, jaccard_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    jaccard_score,
+    precision_recall_fscore_support,
+)
 
 from aiba_eval import metrics
 
@@ -150,6 +155,31 @@ def test_profiles_accept_real_targets_and_reject_nothing_silently():
 
 
 @many
+@given(pairs())
+def test_temporal_correlations_are_the_profiles_turned_round(pair):
+    saliency, mask = pair
+    for temporal, profile in (
+        (metrics.temporal_pearson, metrics.profile_pearson),
+        (metrics.temporal_spearman, metrics.profile_spearman),
+    ):
+        assert temporal(saliency, mask) == pytest.approx(profile(saliency.T, mask.T), nan_ok=True)
+
+
+def test_temporal_correlation_with_the_energy():
+    rng = np.random.default_rng(0)
+    power = rng.exponential(size=SHAPE) ** 3
+    per_column = [sum(power[t]) for t in range(SHAPE[0])]
+    rows = rng.random((1, SHAPE[1]))  # a map of other frequencies and the same times
+    assert metrics.temporal_pearson(np.outer(per_column, rows), power) == pytest.approx(1)
+    assert metrics.temporal_spearman(np.outer(np.log(per_column), rows), power) == pytest.approx(1)
+    other = rng.random(SHAPE)
+    expected = stats.pearsonr([np.mean(row) for row in other], per_column).statistic
+    assert metrics.temporal_pearson(other, power) == pytest.approx(expected)
+    assert math.isnan(metrics.temporal_pearson(other, np.tile(rows, (SHAPE[0], 1))))  # a band is the same at all times
+    np.testing.assert_allclose(metrics.temporal_profile(power), np.array(per_column) / SHAPE[1])
+
+
+@many
 @given(pairs(), st.integers(0, 2), st.integers(0, 2))
 def test_pointing_game(pair, mel, time):
     saliency, mask = pair
@@ -207,6 +237,91 @@ def test_rank_accuracy_is_the_mean_over_all_ways_to_break_ties(pair):
     assert metrics.rank_accuracy(*pair) == pytest.approx(expected)
 
 
+@many
+@given(pairs(), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_confusion(pair, threshold):
+    saliency, mask = pair
+    got = metrics.confusion(saliency, mask, threshold)
+    on = binary(saliency, threshold)
+    tn, fp, fn, tp = confusion_matrix(mask.ravel(), on.ravel(), labels=[False, True]).ravel()
+    assert got == (tp, fp, fn, tn)
+    precision, recall, f1 = metrics.precision_recall_f1(saliency, mask, threshold)
+    single = metrics.averaged([got])
+    for average in ("micro", "macro", "positive-weighted"):
+        assert single[average] == pytest.approx(
+            {"precision": precision, "recall": recall, "f1": f1, "iou": metrics.iou(saliency, mask, threshold)},
+            nan_ok=True,
+        )
+
+
+def test_confusion_of_an_empty_mask_counts():
+    saliency = np.arange(35.0).reshape(SHAPE)
+    assert metrics.confusion(saliency, DEGENERATE["empty"], 0.5) == (0, 17, 0, 18)
+    assert metrics.confusion(saliency, DEGENERATE["full"], 0.5) == (17, 0, 18, 0)
+
+
+@st.composite
+def labels(draw):
+    """Decisions about some labels, of which some are never right, never predicted or never there."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    count = draw(st.integers(1, 5))
+    truth = rng.random((40, count)) < rng.choice([0.0, 0.1, 0.5, 1.0], count)
+    return truth, rng.random((40, count)) < rng.choice([0.0, 0.3, 0.7], count)
+
+
+@many
+@given(labels())
+def test_averages_are_scikit_learns(decisions):
+    truth, on = decisions
+    counts = [
+        metrics.Confusion(*(int(x.sum()) for x in (o & t, o & ~t, ~o & t, ~o & ~t))) for o, t in zip(on.T, truth.T)
+    ]
+    got = metrics.averaged(counts)
+    for ours, theirs in (("micro", "micro"), ("macro", "macro"), ("positive-weighted", "weighted")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # one label is a column, which scikit-learn takes for a binary problem: `labels` makes it one of several
+            expected = precision_recall_fscore_support(
+                np.c_[truth, np.zeros(40, bool)],
+                np.c_[on, np.zeros(40, bool)],
+                average=theirs,
+                labels=list(range(len(counts))),
+                zero_division=np.nan,
+            )[:3]
+        if (
+            theirs == "weighted"
+        ):  # where only labels without positives are defined, scikit-learn drops the weights; we say nan
+            defined = (on.any(0), truth.any(0), on.any(0) | truth.any(0))
+            expected = [e if truth[:, d].any() else np.nan for e, d in zip(expected, defined)]
+        np.testing.assert_allclose([got[ours][n] for n in ("precision", "recall", "f1")], expected, atol=1e-12)
+        ious = [(o & t).sum() / (o | t).sum() if (o | t).any() else np.nan for o, t in zip(on.T, truth.T)]
+        if ours == "micro":
+            iou = (on & truth).sum() / (on | truth).sum() if (on | truth).any() else np.nan
+        else:
+            weights = np.array([1.0 if ours == "macro" else t.sum() for t in truth.T])
+            kept = ~np.isnan(ious) & (weights > 0)
+            iou = np.average(np.array(ious)[kept], weights=weights[kept]) if kept.any() else np.nan
+        np.testing.assert_allclose(got[ours]["iou"], iou)
+
+
+def test_averages_against_jaccard_score_and_by_hand():
+    counts = [(8, 2, 0, 90), (1, 0, 9, 90)]
+    got = metrics.averaged(counts)
+    assert got["micro"] == pytest.approx({"precision": 9 / 11, "recall": 0.5, "f1": 18 / 29, "iou": 9 / 20})
+    assert got["macro"] == pytest.approx(
+        {"precision": 0.9, "recall": 0.55, "f1": (16 / 18 + 2 / 11) / 2, "iou": (0.8 + 0.1) / 2}
+    )
+    assert got["positive-weighted"]["recall"] == pytest.approx((8 * 1.0 + 10 * 0.1) / 18)
+    rng = np.random.default_rng(0)
+    truth, on = rng.random((2, 50, 3)) < 0.4
+    counts = [((o & t).sum(), (o & ~t).sum(), (~o & t).sum(), (~o & ~t).sum()) for o, t in zip(on.T, truth.T)]
+    for ours, theirs in (("micro", "micro"), ("macro", "macro"), ("positive-weighted", "weighted")):
+        assert metrics.averaged(counts)[ours]["iou"] == pytest.approx(jaccard_score(truth, on, average=theirs))
+    for bad in ([], [(1, 2, 3)], [(1, 2, 3, -4)], (1, 2, 3, 4)):
+        with pytest.raises(ValueError, match="of at least one label"):
+            metrics.averaged(bad)
+
+
 # --- conventions --------------------------------------------------------------------------------------------------
 
 
@@ -235,17 +350,24 @@ def test_evaluate_is_the_single_functions():
         "f1": f1,
         "profile_pearson": metrics.profile_pearson(saliency, mask),
         "profile_spearman": metrics.profile_spearman(saliency, mask),
+        "temporal_pearson": metrics.temporal_pearson(saliency, mask),
+        "temporal_spearman": metrics.temporal_spearman(saliency, mask),
         "pointing_game": metrics.pointing_game(saliency, mask, mel_tolerance=1, time_tolerance=2),
         "mass_accuracy": metrics.mass_accuracy(saliency, mask),
         "rank_accuracy": metrics.rank_accuracy(saliency, mask),
     }
     assert tuple(result) == metrics.METRICS
+    some = metrics.evaluate(saliency, mask, metrics=["iou", "f1", "average_precision"], threshold=0.7)
+    assert some == {name: result[name] for name in ("iou", "f1", "average_precision")}
+    assert tuple(some) == ("iou", "f1", "average_precision")
+    with pytest.raises(ValueError, match="unknown metrics.*'accuracy'.*average_precision"):
+        metrics.evaluate(saliency, mask, metrics=["accuracy"])
     assert set(metrics.UNDEFINED) <= set(metrics.METRICS)
 
 
 def test_a_perfect_map_scores_one():
     mask = np.zeros((128, 64), bool)
-    mask[:, 3:9] = True
+    mask[20:90, 3:9] = True
     assert metrics.evaluate(mask, mask) == pytest.approx(
         {**dict.fromkeys(metrics.METRICS, 1.0), "iou_area": 1 - 0.05 / 2}  # nothing lies above the threshold 1
     )
@@ -269,6 +391,9 @@ FUNCTIONS = [
     metrics.precision_recall_f1,
     metrics.profile_pearson,
     metrics.profile_spearman,
+    metrics.temporal_pearson,
+    metrics.temporal_spearman,
+    metrics.confusion,
     metrics.pointing_game,
     metrics.mass_accuracy,
     metrics.rank_accuracy,
@@ -288,6 +413,6 @@ def test_bad_input_is_refused(function):
         function(good, mask.T)
     with pytest.raises(ValueError, match=r"\(35,\)"):
         function(good.ravel(), mask.ravel())
-    if not function.__name__.startswith("profile"):
+    if not function.__name__.startswith(("profile", "temporal")):
         with pytest.raises(ValueError, match="mask must be boolean"):
             function(good, good)

@@ -85,7 +85,9 @@ def test_a_hook_that_raises_is_reported_and_the_rest_is_kept(fresh):
 
 
 def test_a_misspelt_hook_is_reported_with_the_names_that_exist(fresh):
-    with pytest.warns(PluginWarning, match="unknown hook 'aiba_backbone'; the hooks are aiba_backbones, aiba_datasets, aiba_kernels"):
+    with pytest.warns(
+        PluginWarning, match="unknown hook 'aiba_backbone'; the hooks are aiba_backbones, aiba_datasets, aiba_kernels"
+    ):
         found = fresh(plugin("misspelt", aiba_backbone=lambda: []))
     assert "misspelt" in found.failures
     assert not found.pluggy.has_plugin("misspelt")

@@ -29,7 +29,7 @@ def test_chance_is_what_shuffled_cells_score(area):
     for name, level in expected.items():
         scores = np.array([d[name] for d in draws])
         error = 4 * scores.std() / math.sqrt(len(draws))
-        if name.startswith("profile"):
+        if name.startswith(("profile", "temporal")):
             assert math.isnan(level)
             assert abs(scores.mean()) < error
         elif name == "average_precision":
@@ -139,3 +139,32 @@ def test_oracle_projection_uses_the_finest_lattice():
             references.oracle_projection(mask, lattice)
     with pytest.raises(ValueError, match=r"\(5,\)"):
         references.oracle_projection(np.ones(5), (2, 2))
+
+
+def test_prior_times_mix():
+    rng = np.random.default_rng(0)
+    prior, mix = rng.random(SHAPE), rng.random(SHAPE) * 9
+    product = references.prior_times_mix(prior, mix)
+    assert product[3, 4] == prior[3, 4] * mix[3, 4]
+    np.testing.assert_array_equal(references.prior_times_mix(prior, np.ones(SHAPE)), prior)
+    with pytest.raises(ValueError, match=r"one shape, got \(16, 12\) and \(12, 16\)"):
+        references.prior_times_mix(prior, mix.T)
+    with pytest.raises(ValueError, match="mix must be finite and non-negative"):
+        references.prior_times_mix(prior, np.log(mix))
+
+
+def test_time_shift_moves_time_only():
+    saliency = np.random.default_rng(0).random(SHAPE)
+    shifted = references.time_shift(saliency, 0.25)
+    for t in range(SHAPE[0]):
+        np.testing.assert_array_equal(shifted[(t + 4) % 16], saliency[t])
+    np.testing.assert_array_equal(references.time_shift(saliency), np.roll(saliency, 6, axis=0))
+    band = np.zeros(SHAPE, bool)
+    band[:, :3] = True
+    assert metrics.average_precision(shifted, band) == pytest.approx(metrics.average_precision(saliency, band))
+    assert sum(references.SHIFTS) == pytest.approx(1)
+    for wrong in (0.0, 1.0, 0.01):
+        with pytest.raises(ValueError, match="cannot be shifted"):
+            references.time_shift(saliency, wrong)
+    with pytest.raises(ValueError, match=r"\(16,\)"):
+        references.time_shift(saliency[:, 0])

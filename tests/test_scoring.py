@@ -8,7 +8,8 @@ import pytest
 import xarray as xr
 
 from aiba_eval import MelGrid, metrics, project, references, score, templates
-from aiba_eval.scoring import unscored
+from aiba_eval.scoring import REFERENCES, summarise, unscored
+from aiba_eval.statistics import benjamini_hochberg, holm, interval, paired_permutation
 
 GRID = MelGrid(time=16, mel=12)
 
@@ -111,9 +112,10 @@ def test_pairs_without_a_score_are_rows_with_a_reason():
         if row["word"] != "organ":
             assert math.isnan(row["mix_energy"])
     organ = {r["metric"]: r["reason"] for r in rows if r["word"] == "organ" and r["reason"]}
-    assert organ == {m: metrics.UNDEFINED[m] for m in ("precision", "profile_pearson", "profile_spearman")}
+    constant = ("precision", "profile_pearson", "profile_spearman", "temporal_pearson", "temporal_spearman")
+    assert organ == {m: metrics.UNDEFINED[m] for m in constant}
     assert unscored(rows)["average_precision", "the mask is empty"] == 1
-    assert sum(unscored(rows).values()) == 5 * len(metrics.METRICS) + 3
+    assert sum(unscored(rows).values()) == 5 * len(metrics.METRICS) + 5
 
 
 @pytest.mark.parametrize(
@@ -163,3 +165,136 @@ def test_from_maps_to_rows():
     assert piano["value"] == pytest.approx(piano["chance"])
     assert rows["bass", "pointing_game"]["value"] == 1
     assert bass["oracle_projection"] > 0.9
+
+
+# --- references that are made of the maps themselves, and priors
+
+
+def test_other_words_other_pieces_and_time_shifts():
+    maps = projected(prompts=4, words=("bass", "drums", "flute", "(other)"))
+    masks = [masks_of("bass", "drums", "flute", seed=i) for i in range(4)]
+    maps[1, 2] = np.nan  # the second prompt has no flute
+    pieces = ["a", "b", "a", "c"]
+    rows = score(maps, masks, pieces=pieces, metrics=["average_precision", "mass_accuracy"])
+    by_key = {(r["prompt_index"], r["word"], r["metric"]): r for r in rows}
+    words = ["bass", "drums", "flute"]
+    for (i, word, metric), row in by_key.items():
+        assert row["piece"] == pieces[i]
+        if (i, word) == (1, "flute"):
+            assert math.isnan(row["other_word"]) and math.isnan(row["other_piece"]) and math.isnan(row["time_shift"])
+            continue
+        mask, here = masks[i][word], maps.values[i]
+
+        def of(saliency, metric=metric, mask=mask):
+            return metrics.evaluate(saliency, mask)[metric]
+
+        others = [of(here[k]) for k, w in enumerate(words) if w != word and np.isfinite(here[k]).all()]
+        assert len(others) == (1 if i == 1 else 2)  # never "(other)", which has no mask
+        assert row["other_word"] == pytest.approx(np.mean(others))
+        k = words.index(word)
+        elsewhere = [
+            of(maps.values[j, k]) for j in range(4) if pieces[j] != pieces[i] and np.isfinite(maps.values[j, k]).all()
+        ]
+        assert row["other_piece"] == pytest.approx(np.mean(elsewhere))
+        shifts = [of(references.time_shift(here[k], part)) for part in references.SHIFTS]
+        assert row["time_shift"] == pytest.approx(np.mean(shifts))
+    assert "other_piece" not in score(maps, masks)[0]
+    assert "piece" not in score(maps, masks)[0]
+    with pytest.raises(ValueError, match="1 pieces for 4 prompts"):
+        score(maps, masks, pieces=["a"])
+    alone = score(maps.isel(prompt=[0]), {"bass": masks[0]["bass"]}, metrics=["iou"])
+    assert math.isnan(alone[0]["other_word"])
+
+
+def test_priors_and_their_product_with_the_mix():
+    maps, masks = projected(prompts=1), masks_of("bass", "drums")
+    prior = references.class_prior([masks["drums"]], frequency_only=False) * 0.7 + 0.1
+    mix = np.random.default_rng(5).random(GRID.shape)
+    rows = score(maps, masks, mix=mix, priors={"bass": prior}, metrics=["average_precision"])
+    by_word = {r["word"]: r for r in rows}
+    assert by_word["bass"]["class_prior"] == metrics.average_precision(prior, masks["bass"])
+    assert by_word["bass"]["prior_times_mix"] == metrics.average_precision(prior * mix, masks["bass"])
+    assert math.isnan(by_word["drums"]["class_prior"]) and math.isnan(by_word["drums"]["prior_times_mix"])
+    without = score(maps, masks, priors={"bass": prior})[0]
+    assert "prior_times_mix" not in without
+    with pytest.raises(ValueError, match="already use"):
+        score(maps, masks, priors={"bass": prior}, references={"class_prior": prior})
+    assert [r for r in REFERENCES if r in rows[0]] == [r for r in rows[0] if r in REFERENCES]
+
+
+def test_one_column_of_time_cannot_be_shifted():
+    maps = projected(prompts=1).isel(time=[0])
+    row = score(maps, {"bass": np.arange(12)[None] < 4}, metrics=["average_precision"])[0]
+    assert math.isnan(row["time_shift"])
+    assert row["value"] > 0
+
+
+# --- summaries
+
+
+def row(piece, word, value, chance=0.2, **more):
+    return {"piece": piece, "word": word, "metric": "average_precision", "value": value, "chance": chance, **more}
+
+
+def test_a_summary_averages_within_pieces_first():
+    rng = np.random.default_rng(0)
+    scores = {p: rng.random(3) for p in "abcdefghijkl"}
+    rows = [row(p, "bass", v, chance=0.1) for p, values in scores.items() for v in values]
+    rows += [row("a", "bass", 0.9, chance=0.1)]  # a piece with more windows counts no more
+    scores["a"] = np.append(scores["a"], 0.9)
+    (got,) = summarise(rows, resamples=500)
+    means = [values.mean() for values in scores.values()]
+    expected = interval(means, resamples=500)
+    assert (got["n"], got["without_value"], got["reference"]) == (12, 0, "chance")
+    assert (got["value"], got["low"], got["high"]) == pytest.approx(tuple(expected))
+    assert got["difference"] == pytest.approx(np.mean(means) - 0.1)
+    assert got["difference_low"] == pytest.approx(expected.low - 0.1)
+    assert got["ratio"] == pytest.approx(np.mean(means) / 0.1)
+    assert got["p"] == got["p_corrected"] == paired_permutation(means, [0.1] * 12, resamples=500)
+
+
+def test_a_summary_counts_what_is_missing_and_compares_like_with_like():
+    rows = [row(str(i), "bass", 0.5 + i / 100, mix_energy=0.3 if i < 11 else math.nan) for i in range(14)]
+    rows += [row("14", "bass", math.nan), row("15", "bass", math.nan)]
+    rows += [row(str(i), "drums", 0.4) for i in range(9)]
+    rows += [row("x", "flute", math.nan)]
+    got = {(r["word"], r["reference"]): r for r in summarise(rows, resamples=300)}
+    assert set(got) == {(w, r) for w in ("bass", "drums", "flute") for r in ("chance", "mix_energy")}
+    mix = got["bass", "mix_energy"]
+    assert (mix["n"], mix["reference_n"], mix["without_value"]) == (14, 11, 2)
+    assert mix["value"] == pytest.approx(0.5 + 6.5 / 100)
+    assert mix["difference"] == pytest.approx(0.5 + 5 / 100 - 0.3)  # over the eleven that have both
+    drums = got["drums", "chance"]
+    assert drums["note"] == "9 pieces: at least 10 are needed"
+    assert drums["value"] == pytest.approx(0.4)
+    assert math.isnan(drums["low"]) and math.isnan(drums["p"]) and math.isnan(drums["p_corrected"])
+    assert math.isnan(got["drums", "mix_energy"]["reference_value"])
+    flute = got["flute", "chance"]
+    assert (flute["n"], flute["without_value"]) == (0, 1)
+    assert math.isnan(flute["value"])
+    json.dumps(list(got.values()))
+    assert summarise(rows, minimum=9, resamples=50)[2]["note"] == "all 9 pieces alike: the interval has no width"
+
+
+@pytest.mark.parametrize(("correction", "function"), [("holm", holm), ("benjamini-hochberg", benjamini_hochberg)])
+def test_a_summary_corrects_over_all_that_it_tests(correction, function):
+    rng = np.random.default_rng(1)
+    rows = [
+        row(str(i), word, 0.2 + shift + 0.05 * rng.normal())
+        for word, shift in (("bass", 0.03), ("drums", 0.02), ("flute", 0.0))
+        for i in range(15)
+    ]
+    got = summarise(rows, correction=correction, resamples=500)
+    np.testing.assert_allclose([r["p_corrected"] for r in got], function([r["p"] for r in got]))
+    assert any(r["p_corrected"] > r["p"] for r in got)
+    together = summarise(rows, by=("metric",), resamples=500)
+    assert len(together) == 1 and together[0]["n"] == 15
+
+
+def test_what_a_summary_needs():
+    with pytest.raises(ValueError, match=r"a row has no \['piece'\].*unit="):
+        summarise([{"word": "bass", "metric": "iou", "value": 0.1}])
+    with pytest.raises(ValueError, match="correction"):
+        summarise([], correction="bonferroni")
+    assert summarise([]) == []
+    assert summarise([{"model": "m", "clip": 3, "value": 0.1}], by=("model",), unit="clip")[0]["reference"] == ""

@@ -47,7 +47,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def reasons(pieces: Any) -> str:
-    return "\n".join(str(problem) for problem in pieces.problems)
+    return "\n".join(str(problem) for problem in pieces.skipped)
 
 
 # --- what a regular set gives
@@ -56,7 +56,7 @@ def reasons(pieces: Any) -> str:
 def test_pieces_and_splits(root: Path) -> None:
     pieces = slakh.pieces(root)
     assert [(piece.name, piece.split) for piece in pieces] == [("Track00001", "train"), ("Track00002", "test")]
-    assert pieces.problems == ()
+    assert pieces.skipped == ()
     assert slakh.splits(root) == ("train", "test")
     assert [piece.name for piece in slakh.pieces(root, split="test")] == ["Track00002"]
     assert [piece.name for piece in slakh.pieces(root / "slakh2100_flac_redux", "train")] == ["Track00001"]
@@ -229,9 +229,9 @@ def test_a_damaged_file_costs_one_piece(root: Path, name: str, damage: Any) -> N
     damage(folder / name)
     pieces = slakh.pieces(root)
     assert [piece.name for piece in pieces] == ["Track00002"]
-    assert len(pieces.problems) == 1
-    assert pieces.problems[0].path == folder
-    assert Path(name).stem in pieces.problems[0].reason
+    assert len(pieces.skipped) == 1
+    assert pieces.skipped[0].path == folder
+    assert Path(name).stem in pieces.skipped[0].reason
 
 
 def test_partial_keeps_a_piece_with_a_damaged_stem(root: Path) -> None:
@@ -340,7 +340,7 @@ class TestShippedSet:
     """The set in the package: enough pieces, instruments that sound, stems that add up, licences, size."""
 
     def test_what_it_holds(self, pieces: Any) -> None:
-        assert pieces.problems == ()
+        assert pieces.skipped == ()
         assert len(pieces) >= 12
         assert len(slakh.pieces(freedoom_root(), "test")) >= 10
         for piece in pieces:

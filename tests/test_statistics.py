@@ -50,6 +50,17 @@ def test_batches_bound_the_memory_and_not_the_result(monkeypatch):
     assert tuple(interval(values, resamples=300)) == pytest.approx(whole)
 
 
+def test_ties_do_not_hang_on_rounding():
+    """Of hits and misses many resamples have the estimate itself as their mean: noise must not decide on which side."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        hits = rng.choice([0.0, 1 / 3, 0.5, 2 / 3, 1.0], 12)
+        plain = list(interval(hits, resamples=300))
+        shifted, scaled = interval(hits - 0.7, resamples=300), interval(1e-7 * hits, resamples=300)
+        assert [value + 0.7 for value in shifted] == pytest.approx(plain, rel=1e-9)
+        assert [value * 1e7 for value in scaled] == pytest.approx(plain, rel=1e-9)
+
+
 def test_the_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(3)
     hits = 0
@@ -209,6 +220,32 @@ def test_assignment_permutation_finds_what_there_is_and_nothing_else():
     assert assignment_permutation(alike, resamples=999) == 1.0
     one = rng.random((12, 12)) + 0.5 * np.eye(12)
     assert assignment_permutation(one, resamples=999) == assignment_permutation([one], resamples=999) == 1 / 1000
+
+
+def test_rows_of_one_name_move_together():
+    """Two words of the same pieces say no more than one: shuffled apart they would look like twice the evidence."""
+    rng = np.random.default_rng(8)
+    one = rng.random((8, 8)) + 0.25 * np.eye(8)
+    pieces = list("abcdefgh")
+    alone = assignment_permutation(one, resamples=20_000)
+    together = assignment_permutation([one, one], labels=[pieces, pieces], resamples=20_000)
+    apart = assignment_permutation([one, one], resamples=20_000)
+    assert together == pytest.approx(alone, rel=0.15)
+    assert apart < 0.5 * alone
+    turned = one[::-1, ::-1]  # the same pieces in another order
+    assert assignment_permutation([one, turned], labels=[pieces, pieces[::-1]], resamples=20_000) == pytest.approx(
+        alone, rel=0.15
+    )
+    with pytest.raises(ValueError, match=r"each row of matrices of sizes \[8\], none twice"):
+        assignment_permutation(one, labels=["aabcdefg"])
+
+
+def test_weights_of_columns():
+    one = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])  # only the first map fits its own mask
+    assert assignment_permutation(one, weights=[[1, 0, 0]], resamples=20_000) == pytest.approx(1 / 3, abs=0.02)
+    assert assignment_permutation(one, weights=[[0, 1, 1]], resamples=999) == 1.0
+    with pytest.raises(ValueError, match=r"one per column of matrices of sizes \[3\]"):
+        assignment_permutation(one, weights=[[1, 0]])
 
 
 @pytest.mark.parametrize(

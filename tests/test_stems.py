@@ -372,7 +372,7 @@ def test_the_set_reads_back(tmp_path: Path, music: Source) -> None:
     told: list[Progress] = []
     summary = render_music(tmp_path / "set", music, progress=told.append)
     pieces = slakh.pieces(tmp_path / "set")
-    assert pieces.problems == ()
+    assert pieces.skipped == ()
     assert (summary.rendered, summary.kept, len(pieces), summary.tunes) == (5, 0, 5, 4)
     assert [label for label, _ in summary.skipped] == ["music/broken.mid"]
     assert summary.seconds == pytest.approx(sum(piece.seconds for piece in pieces))
@@ -425,7 +425,7 @@ def test_a_silent_part_has_no_audio(tmp_path: Path, music: Source) -> None:
 
     render_music(tmp_path, music, engine=Mute(), max_pieces=1)
     (piece,) = slakh.pieces(tmp_path)
-    assert slakh.pieces(tmp_path).problems == ()
+    assert slakh.pieces(tmp_path).skipped == ()
     assert [stem.name for stem in piece.stems] == ["S00", "S02"]
     metadata = yaml.safe_load((piece.path / "metadata.yaml").read_text())
     assert metadata["stems"]["S01"]["audio_rendered"] is False

@@ -192,6 +192,74 @@ def diagnose(
 
 
 @app.command()
+def compare(
+    model_a: Annotated[str, typer.Argument(help="A registered model, a folder with a model_index.json, or a hub id.")],
+    model_b: Annotated[str, typer.Argument(help="Another, of the same sample rate.")],
+    stems: Annotated[
+        Path | None, typer.Option(help="Pieces in Slakh's layout. Default: the set that ships with the package.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Whose pieces are compared: held out from training.")] = "test",
+    training: Annotated[str, typer.Option(help="Split of the class priors, if the set has it.")] = "train",
+    pieces: Annotated[int | None, typer.Option(min=1, help="So many pieces at most.")] = None,
+    word: Annotated[
+        list[str] | None, typer.Option(help="An instrument that prompts may name; repeat for more. Default: all.")
+    ] = None,
+    timestep: Annotated[
+        list[int] | None, typer.Option(help="A noise level, as a timestep of training; repeat. Default: 300, 800.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of noise for each level.")] = 4,
+    seed: Seed = 0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a clip.")] = 2.56,
+    windows: Annotated[int, typer.Option(min=1, help="Clips of each piece.")] = 1,
+    absent: Annotated[int, typer.Option(min=0, help="Absent instruments that are asked for, for each clip.")] = 3,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Attention sites whose name matches this pattern; repeat for more.")
+    ] = None,
+    reinitialisations: Annotated[
+        int, typer.Option(min=0, help="Fresh initialisations of each model to compare with; 20 or more to conclude.")
+    ] = 0,
+    out: Annotated[Path, typer.Option(help="Folder to write; a stopped comparison goes on there.")] = Path(
+        "aiba-compare"
+    ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew in an earlier comparison's folder.")
+    ] = False,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: Json = False,
+) -> None:
+    """Compare attention and effect maps of two models on real music whose stems are known."""
+    report = Report(json)
+    with expected_errors(report):
+        from aiba_eval.comparing import compare_on
+
+        with report.progress() as progress:
+            result = compare_on(
+                model_a,
+                model_b,
+                stems=stems,
+                split=split,
+                training=training,
+                max_pieces=pieces,
+                words=word or None,
+                timesteps=tuple(timestep or (300, 800)),
+                draws=draws,
+                seed=seed,
+                seconds=seconds,
+                windows=windows,
+                absent=absent,
+                layers=layers or "*",
+                reinitialisations=reinitialisations,
+                out=out,
+                overwrite=overwrite,
+                device=device,
+                dtype=dtype.value,
+                progress=progress,
+            )
+        report.comparison(result)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier demo's is replaced.")] = Path("aiba-demo"),
     model: Annotated[

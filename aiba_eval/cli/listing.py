@@ -7,7 +7,12 @@ import warnings
 from typing import Any
 
 #: what a plugin can offer: the key in the listing, the hook
-OFFERS = {"backbones": "aiba_backbones", "kernels": "aiba_kernels", "models": "aiba_models"}
+OFFERS = {
+    "backbones": "aiba_backbones",
+    "kernels": "aiba_kernels",
+    "models": "aiba_models",
+    "datasets": "aiba_datasets",
+}
 
 
 def list_plugins() -> dict[str, Any]:
@@ -17,7 +22,7 @@ def list_plugins() -> dict[str, Any]:
     -------
     dict
         ``plugins``: name, module, distribution (None if it came from no entry point), backbones, kernels, models (name,
-        summary, trained). ``failures``: name, error.
+        summary, trained), datasets (name, summary, licence). ``failures``: name, error.
     """
     from aiba_hooks.plugins import GROUP, PluginWarning, manager
 
@@ -61,4 +66,6 @@ def list_plugins() -> dict[str, Any]:
 def _describe(kind: str, item: Any) -> Any:
     if kind == "models":
         return {"name": item.name, "summary": item.summary, "trained": item.trained}
+    if kind == "datasets":
+        return {"name": item.name, "summary": item.summary, "licence": item.licence}
     return str(item.name)

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from aiba_eval.comparing import Comparison
     from aiba_eval.demo import DemoResult
     from aiba_eval.diagnostics import Diagnosis
     from aiba_eval.run import RunResult
@@ -92,22 +93,26 @@ class Report:
             self.document(listing)
             return
         table = _table()
-        for heading in ("plugin", "from", "offers"):
-            table.add_column(heading, overflow="fold")
-        for plugin in listing["plugins"]:
-            offers = {
-                "backbone": plugin["backbones"],
-                "kernel": plugin["kernels"],
-                "model": [model["name"] for model in plugin["models"]],
-            }
-            offered = "\n".join(f"{kind} {name}" for kind, names in offers.items() for name in names)
-            table.add_row(
-                *map(escape, (plugin["name"], plugin["distribution"] or plugin["module"], offered or "nothing"))
-            )
+        for heading in ("", "name", "from"):
+            table.add_column(heading, overflow="fold", no_wrap=heading == "name")
+        kinds = ("backbones", "kernels", "models", "datasets")
+        described = []
+        for kind in kinds:
+            heading = kind
+            for plugin in listing["plugins"]:
+                for offer in plugin[kind]:
+                    name = offer["name"] if isinstance(offer, Mapping) else offer
+                    table.add_row(heading, *map(escape, (name, plugin["distribution"] or plugin["module"])))
+                    heading = ""
+                    if isinstance(offer, Mapping):
+                        described.append(f"{name}: {offer['summary']}")
+            table.add_section()
         self.out.print(table)
+        for line in described:
+            self.say(line)
         for plugin in listing["plugins"]:
-            for model in plugin["models"]:
-                self.say(f"{model['name']}: {model['summary']}")
+            if not any(plugin[kind] for kind in kinds):
+                self.say(f"offers nothing: {plugin['name']}")
         for failure in listing["failures"]:
             self.say(f"failed to load: {failure['name']}: {failure['error']}")
 
@@ -133,6 +138,23 @@ class Report:
         for name, reason in result.not_checked.items():
             self.say(f"not checked: {name}\n  {reason}")
 
+    def comparison(self, result: Comparison) -> None:
+        """`aiba compare`."""
+        if self.json:
+            self.document({"out": result.out, "files": result.files, **result.as_dict()})
+            return
+        rows = result.table()
+        title = "Average precision against what each stem dominates, 95 % intervals over pieces"
+        self.out.print(_comparison_table(rows, _CONTRASTS, title))
+        effects = [row for row in rows if "present_mass" in row]
+        if effects:
+            self.out.print(_comparison_table(effects, _MASSES, "Effect masses of present, absent and neutral words"))
+        if result.tests:
+            self.out.print(_tests_table(result))
+        if result.fresh:
+            self.out.print(_fresh_table(result))
+        self._close(result)
+
     def demo(self, result: DemoResult) -> None:
         """`aiba demo`."""
         if self.json:
@@ -154,9 +176,11 @@ class Report:
         )
         self.say(f"in {summary.root}")
 
-    def _close(self, result: RunResult | DemoResult) -> None:
+    def _close(self, result: RunResult | DemoResult | Comparison) -> None:
         for note in result.notes:
             self.say(f"• {note}")
+        if result.out is None:
+            return
         self.say(f"\nWritten to {result.out.resolve()}:")
         for line in _folded(result.files):
             self.say(f"  {line}")
@@ -228,7 +252,17 @@ def _remedy(error: Exception) -> str | None:
 
 
 # by name: comparing classes would import what raises them
-_EXPECTED = {"AibaError", "CannotGenerate", "CannotLoad", "CannotProbe", "DamagedAudio", "FolderInUse", "StemsError"}
+_EXPECTED = {
+    "AibaError",
+    "CannotCompare",
+    "CannotGenerate",
+    "CannotLoad",
+    "CannotProbe",
+    "CannotReinitialise",
+    "DamagedAudio",
+    "FolderInUse",
+    "StemsError",
+}
 _EXTRAS = {
     "diffusers": "diffusers",
     "transformers": "diffusers",
@@ -309,21 +343,95 @@ def _demo_table(model: str, summary: Sequence[Row]) -> Table:
     table = _table(f"{escape(model)}: average precision on real mixes at noise levels t, mean over n pieces")
     for heading in ("mask", "word"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("n", *(f"t={level}" for level in levels), *BESIDE.values()):
+    headings = [heading for level in levels for heading in (f"t={level}", "swap")]
+    for heading in ("n", *headings, *BESIDE.values()):
         table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
-    groups: dict[tuple[str, str], dict[int, Row]] = {}
+    groups: dict[tuple[str, str], dict[tuple[int, str], Row]] = {}
     for row in shown:
-        groups.setdefault((row["mask"], row["word"]), {})[row["timestep"]] = row
+        groups.setdefault((row["mask"], row["word"]), {})[row["timestep"], row["reference"]] = row
+    # the mean over words first, then the most frequent
+    order = sorted(groups, key=lambda key: (key[1] != "all", -_any(groups[key])["n"], key[1]))
     before = ""
-    for (mask, word), by_level in groups.items():
+    for mask, word in (key for mask in dict.fromkeys(key[0] for key in groups) for key in order if key[0] == mask):
+        rows = groups[mask, word]
         if before not in ("", mask):
             table.add_section()
-        any_level = next(iter(by_level.values()))
-        numbers = [by_level[level]["value"] if level in by_level else math.nan for level in levels]
-        numbers += [any_level[name] for name in BESIDE]
-        table.add_row(mask if mask != before else "", escape(word), str(any_level["n"]), *map(_number, numbers))
+        numbers = [
+            rows[level, "other_word"][column] if (level, "other_word") in rows else math.nan
+            for level in levels
+            for column in ("value", "reference_value")
+        ]
+        numbers += [
+            next((r["reference_value"] for (_, of), r in rows.items() if of == name), math.nan) for name in BESIDE
+        ]
+        table.add_row(mask if mask != before else "", escape(word), str(_any(rows)["n"]), *map(_number, numbers))
         before = mask
     return table
+
+
+#: measures of `aiba compare` and their headings: of maps against masks, and of the sizes of effects
+_CONTRASTS = {"score": "AP", "ratio": "AP ÷ chance", "word_swap": "word swap", "piece_swap": "piece swap"}
+_MASSES = {
+    "present_mass": "present",
+    "absent_mass": "absent",
+    "neutral_mass": "neutral",
+    "presence": "presence AUROC",
+    "neutral_share": "neutral ÷ present",
+}
+
+
+def _comparison_table(rows: Sequence[Row], measures: Mapping[str, str], title: str) -> Table:
+    """Maps down, measures across; the interval under each value."""
+    table = _table(title)
+    table.add_column("map", overflow="fold")
+    table.add_column("t", justify="right")
+    for heading in measures.values():
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+    for row in rows:
+        name = " ".join(filter(None, (row["model"], row["map"])))
+        cells = [_with_ends(*row[measure]) if measure in row else "–" for measure in measures]
+        table.add_row(escape(name), "" if row["level"] is None else str(row["level"]), *cells)
+    return table
+
+
+def _tests_table(result: Comparison) -> Table:
+    first, second = map(escape, result.models)
+    table = _table(f"{first} less {second}: paired permutation tests over pieces, corrected by Holm's method")
+    for heading in ("map", "t", "measure", "difference", "p", "p (Holm)"):
+        table.add_column(heading, justify="left" if heading in ("map", "measure") else "right")
+    for test in result.tests:
+        numbers = (
+            _with_ends(test["difference"], test["low"], test["high"]),
+            f"{test['p']:.4f}",
+            f"{test['p_holm']:.4f}",
+        )
+        table.add_row(test["map"], str(test["level"]), test["measure"].replace("_", " "), *numbers)
+    return table
+
+
+def _fresh_table(result: Comparison) -> Table:
+    table = _table("Beside fresh initialisations of the same model")
+    for heading in ("map", "t", "measure", "value", "fresh", "p"):
+        table.add_column(heading, justify="left" if heading in ("map", "measure") else "right", overflow="fold")
+    for row in result.fresh:
+        if row["measure"] not in (*_CONTRASTS, *_MASSES):
+            continue  # in results.json
+        ends = f"{_number(min(row['fresh']))} to {_number(max(row['fresh']))}"
+        value = f"{_number(row['value'])}{'' if row['outside'] else ' (within)'}"
+        name = escape(f"{row['model']} {row['map']}")
+        table.add_row(name, str(row["level"]), row["measure"].replace("_", " "), value, ends, f"{row['p']:.3f}")
+    return table
+
+
+def _with_ends(value: float, low: float, high: float) -> str:
+    """A value with its interval in the line below."""
+    if not math.isfinite(low):
+        return _number(value)
+    return f"{_number(value)}\n\\[{_number(low)}, {_number(high)}]"
+
+
+def _any(rows: Mapping[Any, Row]) -> Row:
+    return next(iter(rows.values()))
 
 
 def _number(value: float) -> str:

@@ -6,16 +6,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
+
+
+#: Seconds within which notes of one instrument are one onset.
+CHORD = 0.03
 
 
 class DamagedAudio(OSError):
-    """An audio file cannot be decoded; the message names it."""
+    """An audio or MIDI file cannot be decoded; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,28 @@ class Stem:
     midi: Path | None
 
 
+class Note(NamedTuple):
+    """One played note of a piece whose instruments are not recorded apart.
+
+    Attributes
+    ----------
+    instrument
+        The word for who plays it.
+    start, end
+        In seconds from the beginning of the mix.
+    pitch
+        MIDI note number; 69 is 440 Hz.
+    """
+
+    instrument: str
+    start: float
+    end: float
+    pitch: int
+
+
 @dataclass(frozen=True)
 class Piece:
-    """One piece: a mix and the stems it is made of.
+    """One piece: a mix and the stems it is made of, or the notes where there are no stems.
 
     Attributes
     ----------
@@ -73,7 +96,7 @@ class Piece:
     path
         Its folder.
     mix_path
-        Its mix.
+        Its mix, or None where the dataset has none: then it is the sum of the stems.
     sample_rate
         Of the files, in hertz.
     seconds
@@ -81,23 +104,29 @@ class Piece:
     licence, source
         As the dataset states them; "unknown" where it does not.
     stems
-        Every stem with audio, sorted by name.
+        Every stem with audio, sorted by name; empty where the dataset has none.
+    notes
+        Every note, sorted by start, where the dataset has notes in place of stems.
+    caveats
+        What is known to be wrong with the piece and did not exclude it: bleed, errata.
     """
 
     name: str
     split: str | None
     path: Path
-    mix_path: Path
+    mix_path: Path | None
     sample_rate: int
     seconds: float
     licence: str
     source: str
     stems: tuple[Stem, ...] = field(repr=False)
+    notes: tuple[Note, ...] = field(default=(), repr=False)
+    caveats: tuple[str, ...] = ()
 
     @property
     def instruments(self) -> tuple[str, ...]:
         """The instruments' words, each once, sorted."""
-        return tuple(sorted({stem.instrument for stem in self.stems}))
+        return tuple(sorted({stem.instrument for stem in self.stems} | {note.instrument for note in self.notes}))
 
     def mix(
         self, start: float = 0.0, seconds: float | None = None, sample_rate: int | None = None
@@ -125,7 +154,9 @@ class Piece:
         DamagedAudio
             If the file cannot be decoded.
         """
-        return self._read(self.mix_path, start, seconds, sample_rate)
+        if self.mix_path is not None:
+            return self._read(self.mix_path, start, seconds, sample_rate)
+        return self._sum([stem.path for stem in self.stems], start, seconds, sample_rate)
 
     def stem(
         self, instrument: str, start: float = 0.0, seconds: float | None = None, sample_rate: int | None = None
@@ -147,13 +178,85 @@ class Piece:
         Raises
         ------
         ValueError
-            If the piece has no such instrument, or the window does not lie inside it.
+            If the piece has no such instrument or no stems at all, or the window does not lie inside it.
         DamagedAudio
             If a file cannot be decoded.
         """
+        if not self.stems:
+            raise ValueError(f"{self.name} has notes and no stems: use sounding() and knowledge bands")
         paths = [stem.path for stem in self.stems if stem.instrument == instrument]
         if not paths:
             raise ValueError(f"{self.name} has no {instrument!r}; it has {', '.join(self.instruments)}")
+        return self._sum(paths, start, seconds, sample_rate)
+
+    def sounding(self, instrument: str, times: ArrayLike) -> NDArray[np.bool_]:
+        """Whether a note of an instrument is held at given times: start <= t < end of any.
+
+        Parameters
+        ----------
+        instrument
+            One of `instruments`.
+        times
+            Seconds from the beginning of the mix, [n].
+
+        Returns
+        -------
+        bool [n]
+
+        Raises
+        ------
+        ValueError
+            If the piece has no such instrument, or stems in place of notes.
+        """
+        if not self.notes:
+            raise ValueError(f"{self.name} has stems and no notes: where {instrument!r} sounds is in stem()")
+        spans = np.array([(note.start, note.end) for note in self.notes if note.instrument == instrument])
+        if not len(spans):
+            raise ValueError(f"{self.name} has no {instrument!r}; it has {', '.join(self.instruments)}")
+        at = np.asarray(times, float)
+        # notes held = notes begun − notes ended
+        begun = np.searchsorted(np.sort(spans[:, 0]), at, side="right")
+        return begun > np.searchsorted(np.sort(spans[:, 1]), at, side="right")
+
+    def onsets(self, instrument: str) -> NDArray[np.float64]:
+        """When notes of an instrument begin: of `notes`, or of the MIDI files of its stems.
+
+        Onsets within `CHORD` of the one before are one onset: notes of a chord are not struck at once.
+
+        Parameters
+        ----------
+        instrument
+            One of `instruments`.
+
+        Returns
+        -------
+        float64 [n]
+            Seconds from the beginning of the mix, ascending; none at or after its end.
+
+        Raises
+        ------
+        ValueError
+            If the piece has no such instrument, or a stem of it no MIDI file.
+        DamagedAudio
+            If a MIDI file cannot be read.
+        ModuleNotFoundError
+            If a MIDI file has to be read without `pip install 'aiba[stems]'`.
+        """
+        if instrument not in self.instruments:
+            raise ValueError(f"{self.name} has no {instrument!r}; it has {', '.join(self.instruments)}")
+        starts = [note.start for note in self.notes if note.instrument == instrument]
+        for stem in self.stems:
+            if stem.instrument == instrument:
+                starts += _midi_onsets(self.name, stem)
+        kept: list[float] = []
+        for start in sorted(starts):
+            if start < self.seconds and (not kept or start - kept[-1] > CHORD):
+                kept.append(start)
+        return np.array(kept)
+
+    def _sum(
+        self, paths: Sequence[Path], start: float, seconds: float | None, sample_rate: int | None
+    ) -> NDArray[np.float32]:
         parts = [self._read(path, start, seconds, sample_rate) for path in paths]
         return np.sum(parts, axis=0, dtype=np.float32)
 
@@ -181,13 +284,13 @@ class Pieces(Sequence[Piece]):
 
     Attributes
     ----------
-    problems
-        Every file or folder that was left out, with the reason.
+    skipped
+        Every file or folder that was left out, with the reason: `len(pieces.skipped)` counts them.
     """
 
-    def __init__(self, pieces: Sequence[Piece], problems: Sequence[Problem] = ()) -> None:
+    def __init__(self, pieces: Sequence[Piece], skipped: Sequence[Problem] = ()) -> None:
         self._pieces = tuple(pieces)
-        self.problems = tuple(problems)
+        self.skipped = tuple(skipped)
 
     @overload
     def __getitem__(self, index: int) -> Piece: ...
@@ -197,18 +300,32 @@ class Pieces(Sequence[Piece]):
 
     def __getitem__(self, index: int | slice) -> Piece | Pieces:
         if isinstance(index, slice):
-            return Pieces(self._pieces[index], self.problems)
+            return Pieces(self._pieces[index], self.skipped)
         return self._pieces[index]
 
     def __len__(self) -> int:
         return len(self._pieces)
 
     def __repr__(self) -> str:
-        return f"<{len(self)} pieces, {sum(p.seconds for p in self) / 60:.1f} min, {len(self.problems)} problems>"
+        return f"<{len(self)} pieces, {sum(p.seconds for p in self) / 60:.1f} min, {len(self.skipped)} skipped>"
 
     def counts(self) -> Counter[str]:
         """How many pieces each instrument plays in."""
         return Counter(instrument for piece in self for instrument in piece.instruments)
+
+
+def _midi_onsets(piece: str, stem: Stem) -> list[float]:
+    if stem.midi is None:
+        raise ValueError(
+            f"stem {stem.name!r} of {piece} has no MIDI file: detect its onsets in stem({stem.instrument!r})"
+        )
+    from aiba_eval.stems import MalformedMidi, midi
+
+    try:
+        score = midi.read(stem.midi.read_bytes())
+    except (MalformedMidi, OSError) as error:
+        raise DamagedAudio(f"{stem.midi} cannot be read ({error}): fetch or render it again") from error
+    return [score.seconds(note.start) for note in score.notes]
 
 
 def _decode(path: Path, first: int, count: int) -> NDArray[np.float32]:

@@ -1,33 +1,39 @@
-"""Reader of Slakh's layout: Slakh2100-redux, BabySlakh, and what `aiba_eval.stems` renders.
+"""Reader of Slakh's layout: Slakh2100 (original splits and redux), BabySlakh, and what `aiba_eval.stems` renders.
 
-    slakh2100_flac_redux/<split>/Track00001/{all_src.mid,metadata.yaml,mix.flac,MIDI/S00.mid,stems/S00.flac}
+    slakh2100_flac/<split>/Track00001/{all_src.mid,metadata.yaml,mix.flac,MIDI/S00.mid,stems/S00.flac}
+    slakh2100_flac_redux/<split>/Track00001/…                                        (a fourth split: omitted)
     babyslakh_16k/Track00001/{…,mix.wav,stems/S00.wav}                               (no splits)
 
 The files are trusted more than the metadata: BabySlakh says `audio_rendered: false` of stems that are there, stem
 numbers have gaps, `audio_dir` differs between releases and `integrated_loudness` may be absent. What cannot be used
-is reported in `Pieces.problems` and left out; no file in a dataset makes reading it fail.
+is reported in `Pieces.skipped` and left out; no file in a dataset makes reading it fail.
 
-Names in the metadata come from outside: one that leads out of the piece's folder (an absolute path, "..", a link) is
-refused.
+**Duplicates.** Slakh2100 renders some MIDI files several times, 146 of them in more than one of its original splits. Of
+the 2100 tracks, redux keeps the first of each file: 1289 for training, 270 for validation, 151 for test. The same rule is
+applied here to every layout, by the `UUID` of the metadata (the MIDI file's MD5), so that the original release and redux
+give the same pieces. The split `omitted` holds nothing but duplicates and is given only when it is asked for.
 
 References
 ----------
 Manilow et al., "Cutting music source separation some Slakh", WASPAA 2019. Classes: slakh-utils,
-`midi_inst_values/general_midi_inst_0based.txt`.
+`midi_inst_values/general_midi_inst_0based.txt`; duplicates: its `splits/redux.json`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
+from aiba_hooks.datasets import Dataset
+from aiba_hooks.specs import hookimpl
+
+from .files import METADATA_BYTES, assemble, check_split, find_audio, header, inside, read_yaml
 from .pieces import Piece, Pieces, Problem, Stem
 
-FOLDERS = ("slakh2100_flac_redux", "babyslakh_16k")
+FOLDERS = ("slakh2100_flac_redux", "slakh2100_flac", "babyslakh_16k")
 SPLITS = ("train", "validation", "test", "omitted")
-AUDIO = (".flac", ".wav")
-METADATA_BYTES = 1 << 20
 
 # Slakh's class of a General MIDI program, by the first program above the class. The names are Slakh's, quirks included:
 # "Sound Effects" are GM's synth effects, "Sound effects" its noises.
@@ -110,7 +116,7 @@ def splits(root: str | Path) -> tuple[str, ...]:
     return tuple(split for split in SPLITS if _tracks(base / split))
 
 
-def pieces(root: str | Path, split: str | None = None, *, partial: bool = False) -> Pieces:
+def pieces(root: str | Path, split: str | None = None, *, partial: bool = False, duplicates: bool = False) -> Pieces:
     """Find the pieces of a dataset.
 
     Each file's header and last sample are read, so that cut-off files are found here and not in the middle of a run.
@@ -120,45 +126,68 @@ def pieces(root: str | Path, split: str | None = None, *, partial: bool = False)
     root
         The dataset's folder, or the folder that holds it.
     split
-        One of `splits(root)`; None reads them all.
+        One of `splits(root)`; None reads them all but `omitted`.
     partial
         Keep a piece although a stem that should be there cannot be read. Its stems then no longer add up to its mix, so
         masks made from them are wrong: by default such a piece is left out.
+    duplicates
+        Keep tracks whose MIDI file an earlier track has, as the original release does.
 
     Returns
     -------
     Pieces
-        The usable pieces, sorted by split and name; `problems` tells what was left out.
+        The usable pieces, sorted by split and name; `skipped` tells what was left out.
 
     Raises
     ------
     FileNotFoundError
         If there is no such layout under `root`.
     ValueError
-        If there is no such split.
+        If there is no such split, or more than one such dataset under `root`.
     """
     base = _base(Path(root))
     known = splits(base)
-    if split is not None and split not in known:
-        raise ValueError(f"{base} has no split {split!r}; it has {', '.join(known) or 'no splits'}")
+    check_split(split, known, base)
+    tracks = {name: _tracks(base / name if name else base) for name in known or (None,)}
+    earlier = {} if duplicates else _earlier([track for some in tracks.values() for track in some])
     found: list[Piece] = []
-    problems: list[Problem] = []
-    for name in known or (None,):
-        if split not in (None, name):
+    skipped: list[Problem] = []
+    for name, some in tracks.items():
+        if name != split if split is not None else name == "omitted" and not duplicates:
             continue
-        for folder in _tracks(base / name if name else base):
-            piece, trouble = _piece(folder, name)
-            problems += trouble
-            if piece and (partial or not trouble):
-                found.append(piece)
-    return Pieces(found, problems)
+        for folder in some:
+            if folder in earlier and name != "omitted":
+                first = earlier[folder]
+                skipped.append(Problem(folder, f"the same MIDI file as {first.name} in {first.parent.name}"))
+                continue
+            piece, trouble = _piece(folder, name, partial)
+            skipped += trouble
+            found += [piece] if piece is not None else []
+    return Pieces(found, skipped)
+
+
+@hookimpl
+def aiba_datasets() -> list[Dataset]:
+    return [
+        Dataset(
+            name="slakh",
+            summary="Slakh2100 (original or redux), BabySlakh, and sets that aiba stems renders: stems from MIDI",
+            licence="Slakh2100: CC BY 4.0; a rendered set: as its NOTICE says",
+            open=pieces,
+        )
+    ]
 
 
 def _base(root: Path) -> Path:
     """The folder that holds the splits or, without splits, the tracks."""
-    for base in (root, *(root / name for name in FOLDERS)):
-        if _tracks(base) or any(_tracks(base / split) for split in SPLITS):
-            return base
+    for bases in ((root,), [root / name for name in FOLDERS]):
+        there = [base for base in bases if _tracks(base) or any(_tracks(base / split) for split in SPLITS)]
+        if len(there) > 1:
+            raise ValueError(
+                f"{root} holds {' and '.join(base.name for base in there)}: give the folder of one of them"
+            )
+        if there:
+            return there[0]
     raise FileNotFoundError(
         f"no Slakh layout under {root}: expected {FOLDERS[0]}/<split>/Track…/ or {FOLDERS[1]}/Track…/ there"
     )
@@ -168,16 +197,30 @@ def _tracks(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("Track*") if path.is_dir())
 
 
-def _piece(folder: Path, split: str | None) -> tuple[Piece | None, list[Problem]]:
-    """Read one track. A None means that nothing of it can be used."""
+def _earlier(tracks: list[Path]) -> dict[Path, Path]:
+    """For each track whose MIDI file another has, the first of them by name."""
+    by_file: dict[str, list[Path]] = {}
+    for track in sorted(tracks, key=lambda path: path.name):
+        try:
+            with (track / "metadata.yaml").open("rb") as file:
+                uuid = re.search(rb"^UUID:[ \t]*(\S+)", file.read(METADATA_BYTES), re.M)
+        except OSError:
+            uuid = None  # reported when the track itself is read
+        if uuid:
+            by_file.setdefault(uuid[1].decode("ascii", "replace").strip("'\""), []).append(track)
+    return {track: same[0] for same in by_file.values() for track in same[1:]}
+
+
+def _piece(folder: Path, split: str | None, partial: bool) -> tuple[Piece | None, list[Problem]]:
+    """Read one track. A None means that it is left out."""
     try:
-        metadata = _metadata(folder)
-        audio_dir = _inside(folder, str(metadata.get("audio_dir", "stems")), "audio_dir")
-        midi_dir = _inside(folder, str(metadata.get("midi_dir", "MIDI")), "midi_dir")
-        mix_path = _audio(folder, folder, "mix")
+        metadata = read_yaml(inside(folder, "metadata.yaml", "file"))
+        audio_dir = inside(folder, str(metadata.get("audio_dir", "stems")), "audio_dir")
+        midi_dir = inside(folder, str(metadata.get("midi_dir", "MIDI")), "midi_dir")
+        mix_path = find_audio(folder, folder, "mix")
         if mix_path is None:
             raise ValueError("mix.flac or mix.wav is missing")
-        sample_rate, frames = _header(mix_path)
+        header(mix_path)
     except (ValueError, OSError) as error:
         return None, [Problem(folder, str(error))]
     if not audio_dir.is_dir():
@@ -188,47 +231,23 @@ def _piece(folder: Path, split: str | None) -> tuple[Piece | None, list[Problem]
     for name, entry in _entries(metadata, problems, folder):
         try:
             stem = _stem(folder, audio_dir, midi_dir, name, entry)
-            if stem is None:
-                if entry.get("audio_rendered", True):
-                    raise ValueError(f"stem {name!r} should be in {audio_dir.name}/ and is missing")
-                continue
-            rate, _ = _header(stem.path)
-            if rate != sample_rate:
-                raise ValueError(f"stem {name!r} has {rate} Hz, its mix {sample_rate} Hz")
-            stems.append(stem)
+            if stem is not None:
+                stems.append(stem)
+            elif entry.get("audio_rendered", True):
+                raise ValueError(f"stem {name!r} should be in {audio_dir.name}/ and is missing")
         except (ValueError, OSError) as error:
             problems.append(Problem(folder, str(error)))
-    if not stems:
-        return None, [*problems, Problem(folder, "none of its stems can be used")]
-    piece = Piece(
+    return assemble(
+        folder,
         name=folder.name,
         split=split,
-        path=folder,
         mix_path=mix_path,
-        sample_rate=sample_rate,
-        seconds=frames / sample_rate,
+        stems=stems,
         licence=str(metadata.get("source_license") or "unknown"),
         source=str(metadata.get("source_package") or metadata.get("lmd_midi_dir") or "unknown"),
-        stems=tuple(stems),
+        problems=problems,
+        partial=partial,
     )
-    return piece, problems
-
-
-def _metadata(folder: Path) -> dict[str, Any]:
-    import yaml
-
-    path = _inside(folder, "metadata.yaml", "file")
-    if not path.is_file():
-        raise ValueError("metadata.yaml is missing")
-    if path.stat().st_size > METADATA_BYTES:
-        raise ValueError(f"metadata.yaml has {path.stat().st_size} bytes, over the limit of {METADATA_BYTES}")
-    try:
-        metadata = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"metadata.yaml is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(metadata, dict):
-        raise ValueError(f"metadata.yaml holds a {type(metadata).__name__}, not a mapping")
-    return metadata
 
 
 def _entries(
@@ -248,9 +267,9 @@ def _entries(
 
 def _stem(folder: Path, audio_dir: Path, midi_dir: Path, name: str, entry: Mapping[str, Any]) -> Stem | None:
     """The stem, or None where it has no audio file."""
-    _inside(folder, name, "stem")
-    path = _audio(folder, audio_dir, name)
-    midi = _inside(folder, f"{midi_dir.relative_to(folder).as_posix()}/{name}.mid", "stem")
+    inside(folder, name, "stem")
+    path = find_audio(folder, audio_dir, name)
+    midi = inside(folder, f"{midi_dir.relative_to(folder).as_posix()}/{name}.mid", "stem")
     if path is None:
         return None
     number = entry.get("program_num")
@@ -269,44 +288,3 @@ def _stem(folder: Path, audio_dir: Path, midi_dir: Path, name: str, entry: Mappi
         path=path,
         midi=midi if midi.is_file() else None,
     )
-
-
-def _audio(folder: Path, parent: Path, name: str) -> Path | None:
-    for suffix in AUDIO:
-        path = _inside(folder, f"{parent.relative_to(folder).as_posix()}/{name}{suffix}", "stem")
-        if path.is_file():
-            return path
-    return None
-
-
-def _inside(folder: Path, name: str, what: str) -> Path:
-    """`folder / name`, refusing whatever leaves the folder.
-
-    Raises
-    ------
-    ValueError
-        Naming the value: an absolute path (POSIX or Windows), a "..", or a link that leads out.
-    """
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    if "\0" in name or posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise ValueError(f"{what} {name!r} leads out of the piece's folder")
-    path = folder / posix
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{what} {name!r} leads out of the piece's folder through a link")
-    return path
-
-
-def _header(path: Path) -> tuple[int, int]:
-    """(sample rate, frames), after decoding the last sample: a file that was cut off still has a whole header."""
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, frames = file.samplerate, file.frames
-            file.seek(max(0, frames - 1))
-            whole = frames > 0 and len(file.read(1)) == 1
-    except (soundfile.SoundFileError, OSError) as error:
-        raise ValueError(f"{path.name} cannot be decoded: {error}") from error
-    if not whole:
-        raise ValueError(f"{path.name} is empty or cut off")
-    return rate, frames

@@ -59,7 +59,7 @@ class MelDiTPipeline(DiffusionPipeline):
 
             dtype = options.get("torch_dtype", options.get("dtype", torch.float32))
             if "vae" not in options and not (Path(folder) / "vae").is_dir():
-                options["vae"] = AutoencoderKL.from_pretrained(shared / "vae", torch_dtype=dtype)
+                options["vae"] = AutoencoderKL.from_pretrained(shared / "vae", dtype=dtype)
             if "vocoder" not in options and not (Path(folder) / "vocoder").is_dir():
                 options["vocoder"] = SpeechT5HifiGan.from_pretrained(shared / "vocoder", dtype=dtype)
         return super().from_pretrained(folder, **options)

@@ -1,0 +1,147 @@
+"""Evidence for effect maps and attention of the embedded pair, on held-out pieces of a rendered stem set.
+
+    python examples/evidence_effects.py --stems STEMS --out evidence-effects              # everything; goes on where it stopped
+    python examples/evidence_effects.py --stems STEMS --out trial --pieces 4 --reinitialisations 1 --draws 1
+
+`aiba_eval.compare` measures (its module says what each figure is); this script chooses the material, and holds the figures of the
+diffusion transformer against what has to be shown:
+
+at low noise (t = 300)   word swap and piece swap of the effect maps: intervals above 0, values at least .19 and .03
+at high noise (t = 800)  presence at least .75
+at both                  neutral edits below a quarter of a present word's effect mass
+everywhere               outside the distribution over 20 fresh initialisations
+
+The folder holds what `aiba compare` writes, and `evidence.json` and `evidence.md`: the table for both models and both kinds of map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from aiba_eval.comparing import Comparison, compare_on
+from aiba_eval.outputs import write_json
+from aiba_plugins.demo import trained
+
+LOW, HIGH = 300, 800
+MODELS = ("demo:unet", "demo:dit")
+#: (model, map, level, measure) → what it has to be: (at least, interval above) or at most
+AT_LEAST = {
+    ("demo:dit", "effect", LOW, "word_swap"): (0.19, 0.0),
+    ("demo:dit", "effect", LOW, "piece_swap"): (0.03, 0.0),
+    ("demo:dit", "effect", HIGH, "presence"): (0.75, None),
+}
+AT_MOST = {("demo:dit", "effect", level, "neutral_share"): 0.25 for level in (LOW, HIGH)}
+MEASURES = (
+    "score",
+    "ratio",
+    "word_swap",
+    "piece_swap",
+    "presence",
+    "presence_by_word",
+    "neutral_share",
+    "agreement_swap",
+)
+
+
+def requirements(result: Comparison) -> list[dict[str, Any]]:
+    """Every figure that has to be shown, with its interval, its fresh distribution, and whether it is there."""
+    fresh = {(row["model"], row["map"], row["level"], row["measure"]): row for row in result.fresh}
+    found = []
+    for key in (*AT_LEAST, *AT_MOST):
+        model, kind, level, measure = key
+        row = result.find(measure, model=model, map=kind, level=level)
+        if key in AT_LEAST:
+            least, above = AT_LEAST[key]
+            wanted = f"at least {least:g}" + ("" if above is None else f", interval above {above:g}")
+            met = row["value"] >= least and (above is None or row["low"] > above)
+        else:
+            wanted, met = f"below {AT_MOST[key]:g}", row["value"] < AT_MOST[key]
+        beside = fresh.get(key)
+        found.append(
+            {
+                **{name: row[name] for name in ("model", "map", "level", "measure", "value", "low", "high", "pieces")},
+                "wanted": wanted,
+                "met": bool(met),
+                "fresh": [] if beside is None else [min(beside["fresh"]), max(beside["fresh"])],
+                "outside_fresh": None if beside is None else beside["outside"],
+            }
+        )
+    return found
+
+
+def document(result: Comparison, shown: list[dict[str, Any]], seconds: float) -> str:
+    """The evidence in Markdown."""
+    lines = ["# Effect maps of the embedded pair", "", "| figure | wanted | value | fresh | |", "|---|---|---|---|---|"]
+    for row in shown:
+        name = f"{row['model']} {row['map']} t = {row['level']} {row['measure']}"
+        value = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['pieces']}"
+        fresh = f"{row['fresh'][0]:.3f} to {row['fresh'][1]:.3f}" if row["fresh"] else "not measured"
+        state = "shown" if row["met"] and row["outside_fresh"] else "not shown"
+        lines.append(f"| {name} | {row['wanted']} | {value} | {fresh} | {state} |")
+    for target in ("dominance", "energy", "share"):
+        lines += ["", f"## Against {target}", "", result.markdown(target=target, measures=MEASURES).rstrip()]
+    lines += [
+        "",
+        "## One model against the other",
+        "",
+        "| map | t | measure | difference | p | Holm |",
+        "|---|---|---|---|---|---|",
+    ]
+    for test in result.tests:
+        difference = f"{test['difference']:.3f} [{test['low']:.3f}, {test['high']:.3f}]"
+        lines.append(
+            f"| {test['map']} | {test['level']} | {test['measure']} | {difference} | {test['p']:.4f} | {test['p_holm']:.4f} |"
+        )
+    lines += ["", *(f"- {note}" for note in result.notes), f"- this run took {seconds / 60:.0f} min"]
+    return "\n".join(lines).replace("-0.", "−0.") + "\n"
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stems", type=Path, required=True, help="folder of a dataset in Slakh's layout")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; a stopped run goes on there")
+    parser.add_argument("--weights", type=Path, default=trained.WEIGHTS, help="folder of the trained pipelines")
+    parser.add_argument("--pieces", type=int, default=None, help="so many at most")
+    parser.add_argument("--windows", type=int, default=1, help="clips of each piece")
+    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reinitialisations", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
+    pipes = [trained.load(kind, options.weights) for kind in ("unet", "dit")]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        pipe.to(options.device)
+    began = time.perf_counter()
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        print(f"{time.perf_counter() - began:7.0f} s  {what} {done}/{total or '?'}", file=sys.stderr, flush=True)
+
+    result = compare_on(
+        *pipes,
+        labels=MODELS,
+        stems=options.stems,
+        max_pieces=options.pieces,
+        windows=options.windows,
+        timesteps=(LOW, HIGH),
+        draws=options.draws,
+        seed=options.seed,
+        reinitialisations=options.reinitialisations,
+        out=options.out,
+        progress=progress,
+    )
+    shown = requirements(result)
+    seconds = time.perf_counter() - began
+    write_json(options.out / "evidence.json", {"requirements": shown, "seconds": seconds, **result.as_dict()})
+    text = document(result, shown, seconds)
+    (options.out / "evidence.md").write_text(text, encoding="utf-8")
+    print(text)
+    return shown
+
+
+if __name__ == "__main__":
+    main()
