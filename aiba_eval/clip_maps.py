@@ -98,6 +98,7 @@ def clip_maps(
     draws: int,
     seed: int,
     layers: str | Sequence[str] = "*",
+    effects: bool = True,
     batch: int = 16,
 ) -> ClipMaps:
     """Attention and effect maps of one clip, on the same noised latents.
@@ -109,7 +110,7 @@ def clip_maps(
     pipeline, clip
     grid : MelGrid
         With a duration.
-    timesteps, draws, seed, layers, batch
+    timesteps, draws, seed, layers, effects, batch
         As in :func:`aiba_eval.compare`.
 
     Raises
@@ -135,30 +136,32 @@ def clip_maps(
         for site in diagnose(at).sites
         if site.words
     ]
-    edits, roles = edits_of(clip)
-    effect, masses, reason = None, None, ""
-    try:
-        found = edit_maps(
-            pipeline,
-            edits,
-            waveform=clip.mix,
-            sample_rate=clip.sample_rate,
-            timesteps=timesteps,
-            draws=draws,
-            seed=seed,
-            levels="each",
-            grid=grid,
-            batch=batch,
+    effect, masses, reason = None, None, "effect maps were not asked for"
+    roles: tuple[tuple[str, str], ...] = ()
+    if effects:
+        effect, masses, roles, reason = _effects(
+            label, pipeline, clip, grid, timesteps=timesteps, draws=draws, seed=seed, batch=batch
         )
-    except CannotProbe as error:
-        reason = str(error)
-    else:
-        effect = found.sel(word=[f"map {word}" for word in clip.words]).values
-        _check_cover(label, effect, grid)
-        masses = effect_mass(found).sel(word=[" ".join(role) for role in roles]).values.astype(float)
     columns, bands = projected[0].attrs["finest_lattice"]
     resolved = bool(projected[0].attrs["frequency_resolved"])
     return ClipMaps(attention, effect, masses, roles, (int(columns), int(bands)), resolved, sites, reason)
+
+
+def _effects(
+    label: str, pipeline: Any, clip: Clip, grid: MelGrid, **options: Any
+) -> tuple[NDArray[np.float32] | None, NDArray[np.float64] | None, tuple[tuple[str, str], ...], str]:
+    """Effect maps, masses, (role, label) of the masses; or why there are none."""
+    edits, roles = edits_of(clip)
+    try:
+        found = edit_maps(
+            pipeline, edits, waveform=clip.mix, sample_rate=clip.sample_rate, levels="each", grid=grid, **options
+        )
+    except CannotProbe as error:
+        return None, None, roles, str(error)
+    effect = found.sel(word=[f"map {word}" for word in clip.words]).values
+    _check_cover(label, effect, grid)
+    masses = effect_mass(found).sel(word=[" ".join(role) for role in roles]).values.astype(float)
+    return effect, masses, roles, ""
 
 
 def _check_cover(label: str, maps: NDArray[np.float32], grid: MelGrid) -> None:

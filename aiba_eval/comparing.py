@@ -205,6 +205,7 @@ def compare(
     most: int = 4,
     absent: int = 3,
     layers: str | Sequence[str] = "*",
+    effects: bool = True,
     grid: MelGrid | None = None,
     batch: int = 16,
     resamples: int = RESAMPLES,
@@ -237,6 +238,8 @@ def compare(
         Length of a clip, clips of each piece, most instruments in one, and how many absent instruments are asked for.
     layers
         Attention sites to average, as in :func:`aiba_eval.project`.
+    effects : bool
+        False compares attention only, which takes a tenth of the time.
     grid : MelGrid, optional
         Default ``MelGrid(128, 64)``; its duration becomes ``seconds``.
     batch : int
@@ -291,6 +294,7 @@ def compare(
         "draws": int(draws),
         "seed": int(seed),
         "layers": layers if isinstance(layers, str) else list(layers),
+        "effects": bool(effects),
     }
     material: dict[str, Any] = {
         "seconds": float(seconds),

@@ -294,6 +294,12 @@ def test_a_model_without_a_decoder_has_attention_only(music, known, monkeypatch)
     assert found.find("word_swap", model="audio", map="effect", level=5)["value"] > 0.1
 
 
+def test_attention_alone_may_be_asked_for(music, known):
+    found = compare(Pipe("text"), Pipe("audio"), music[:3], **OPTIONS | {"timesteps": (5,), "effects": False})
+    assert {row["map"] for row in found.rows if row["model"]} == {"attention", "oracle_projection"}
+    assert "text has attention maps only: effect maps were not asked for" in found.notes
+
+
 # ---- the table
 
 

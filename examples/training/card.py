@@ -1,6 +1,6 @@
 """Write the model card of the embedded weights from what was recorded: training, digests, evidence.
 
-    python examples/training/card.py --evidence evidence.json
+    python examples/training/card.py --evidence evidence/evidence.json
 
 It is called MODEL_CARD.md and lies beside the weights; no number in it is typed by hand.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from aiba_plugins.demo import trained
+
+REFERENCES = ("mix_energy", "class_prior", "prior_mix", "oracle_projection")
 
 INTRODUCTION = """\
 # Model card: demo:unet and demo:dit
@@ -44,13 +46,16 @@ LIMITS = """\
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=trained.WEIGHTS)
-    parser.add_argument("--evidence", type=Path, default=None, help="what examples/evidence_demo.py wrote")
+    parser.add_argument(
+        "--evidence", type=Path, default=None, help="the evidence.json that examples/evidence_demo.py wrote"
+    )
     options = parser.parse_args()
     facts = json.loads((options.weights / "training.json").read_text())
     digests = json.loads((options.weights / trained.DIGESTS).read_text())
     evidence = json.loads(options.evidence.read_text()) if options.evidence else {}
     sections = [INTRODUCTION, data(facts["data"]), training(facts)]
-    sections += [scores(kind, evidence[kind]) for kind in ("unet", "dit") if kind in evidence]
+    if evidence:
+        sections += [scores(kind, evidence) for kind in ("unet", "dit")]
     sections += [LIMITS, files(digests)]
     (options.weights / "MODEL_CARD.md").write_text("\n".join(sections), encoding="utf-8")
 
@@ -111,59 +116,78 @@ def spans(runs: list[dict[str, Any]]) -> str:
     return "; ".join(f"{run['batch']} × {length(run)} s from {run['from_step']}" for run in runs)
 
 
-def figure(value: list[float]) -> str:
-    """A mean with its interval."""
-    return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
+def figure(row: dict[str, Any]) -> str:
+    """A value with its interval."""
+    if row["low"] is None:
+        return f"{row['value']:.3f}"
+    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
-def scores(kind: str, of: dict[str, Any]) -> str:
+def scores(kind: str, evidence: dict[str, Any]) -> str:
     """Contrasts, references and generation of one model."""
     lines = [f"## Scores of demo:{kind}\n"]
-    if "contrasts" in of:
-        found = of["contrasts"]
-        level = str(found["level"])
-        null = found["reinitialised_word_swap"]
-        lines += [
-            f"Cross-attention against dominance masks, {found['clips']} clips of {found['pieces']} held-out pieces, timestep {level}, sites",
-            f"{found['sites']} (both chosen on the validation split), 4 noise draws; unit = piece, 95 % BCa intervals; AP / chance is a ratio of means.",
-            "Definitions: `examples/evidence_demo.py`.\n",
-            "| word | pieces | AP | chance | AP / chance | word swap |",
-            "|---|---|---|---|---|---|",
-        ]
-        for group, row in found["by_level"][level].items():
-            lines.append(
-                f"| {group} | {row['pieces']} | {figure(row['ap'])} | {row['chance']:.3f} | {row['ap_over_chance']:.2f} | "
-                f"{figure(row['word_swap'])} |"
-            )
-        lines += ["\n| reference, all words | AP | word swap |", "|---|---|---|"]
-        for name, rows in found["references"].items():
-            lines.append(f"| {name} | {figure(rows['all']['ap'])} | {figure(rows['all']['word_swap'])} |")
-        if null:
-            lines.append(f"\nWord swap of {len(null)} re-initialisations: {min(null):.3f} to {max(null):.3f}.")
-        by_level = ", ".join(f"{k}: {rows['all']['word_swap'][0]:.3f}" for k, rows in found["by_level"].items())
-        lines.append(f"Word swap by timestep: {by_level}.\n")
+    if "attention" in evidence:
+        lines += attention(f"demo:{kind}", evidence["attention"])
+    of = evidence.get(kind, {})
     if "generation" in of:
         found = of["generation"]
         names = found["classes"]
+        centroids = ", ".join(f"{name} {hz:.0f} Hz" for name, hz in found["median_centroid"].items())
         lines += [
             "Generated audio (20 seeds per instrument, 20 steps, guidance 2.5, 5 s), heard by a classifier trained on single",
             f"training stems (right on {found['classifier_on_real_test_stems']:.0%} of held-out real ones): "
             f"**{found['accuracy']:.0%}** named as prompted.\n",
-            f"| prompt | {' | '.join(names)} | median centroid |",
-            "|---|" + "---|" * (len(names) + 1),
+            f"| prompt | {' | '.join(names)} |",
+            "|---|" + "---|" * len(names),
         ]
-        for name in names:
-            row = found["confusion"][name]
-            lines.append(
-                f"| {name} | {' | '.join(str(row[n]) for n in names)} | {found['median_centroid'][name]:.0f} Hz |"
-            )
-        lines.append("")
+        lines += [f"| {name} | {' | '.join(str(found['confusion'][name][n]) for n in names)} |" for name in names]
+        lines.append(f"\nMedian spectral centroids: {centroids}.\n")
     if "speed" in of:
         lines.append(
             f"5 s of audio, 20 steps with guidance: {of['speed']['plain']:.1f} s, with capture {of['speed']['captured']:.1f} s "
-            f"({of['speed']['threads']} CPU threads, machine not idle).\n"
+            f"({of['speed']['threads']} CPU threads).\n"
         )
     return "\n".join(lines)
+
+
+def attention(model: str, of: dict[str, Any]) -> list[str]:
+    """Cross-attention of one model against dominance masks."""
+    level, settings = of["level"], of["configuration"]
+    rows = [row for row in of["rows"] if row["target"] == "dominance" and row["map"] in ("attention", *REFERENCES)]
+
+    def row(measure: str, **where: Any) -> dict[str, Any]:
+        wanted = {"measure": measure, **where}
+        return next(r for r in rows if all(r[key] == value for key, value in wanted.items()))
+
+    by_level = ", ".join(f"{key}: {value:.3f}" for key, value in of["validation_word_swap"].items())
+    own = [r for r in rows if r["model"] == model and r["map"] == "attention" and r["measure"] == "score"]
+    lines = [
+        f"Cross-attention against dominance masks (more than half of the power, on a {settings['grid']['time']} × "
+        f"{settings['grid']['mel']} mel grid), {len(of['clips'])} clips of",
+        f"{own[0]['pieces']} held-out pieces, timestep {level}, all word-aligned sites, {settings['draws']} noise draws, seed {settings['seed']}; "
+        "unit = piece, 95 % BCa intervals;",
+        f"AP / chance is a ratio of means. The level is demo:unet's best word swap on the validation split ({by_level}).",
+        "Definitions: `aiba_eval/comparing.py`, `examples/evidence_demo.py`.\n",
+        "| word | pieces | AP | chance | AP / chance | word swap | piece swap |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for score in own:
+        where = {"model": model, "map": "attention", "word": score["word"]}
+        cells = [figure(row(name, **where)) for name in ("score", "chance", "ratio", "word_swap", "piece_swap")]
+        lines.append(f"| {score['word']} | {score['pieces']} | {' | '.join(cells)} |")
+    lines += ["\n| reference, all words | AP | word swap |", "|---|---|---|"]
+    for name in REFERENCES:
+        owner = model if name == "oracle_projection" else ""
+        where = {"model": owner, "map": name, "word": "all"}
+        lines.append(f"| {name} | {figure(row('score', **where))} | {figure(row('word_swap', **where))} |")
+    fresh = next(
+        (f for f in of["fresh"] if f["model"] == model and f["map"] == "attention" and f["measure"] == "word_swap"),
+        None,
+    )
+    if fresh:
+        ends = f"{min(fresh['fresh']):.3f} to {max(fresh['fresh']):.3f}"
+        lines.append(f"\nWord swap of {len(fresh['fresh'])} fresh initialisations: {ends}.\n")
+    return lines
 
 
 def files(digests: dict[str, Any]) -> str:
