@@ -370,11 +370,9 @@ def _demo_table(model: str, summary: Sequence[Row]) -> Table:
 
 
 #: measures of `aiba compare` and their headings: of maps against masks, and of the sizes of effects
-_CONTRASTS = {"score": "AP", "ratio": "AP ÷ chance", "word_swap": "word swap", "piece_swap": "piece swap"}
+_CONTRASTS = {"score": "AP", "ratio": "÷ chance", "word_swap": "word swap", "piece_swap": "piece swap"}
 _MASSES = {
-    "present_mass": "present",
-    "absent_mass": "absent",
-    "neutral_mass": "neutral",
+    "present_mass": "mass",
     "presence": "presence AUROC",
     "neutral_share": "neutral ÷ present",
 }
@@ -383,14 +381,14 @@ _MASSES = {
 def _comparison_table(rows: Sequence[Row], measures: Mapping[str, str], title: str) -> Table:
     """Maps down, measures across; the interval under each value."""
     table = _table(title)
-    table.add_column("map", overflow="fold")
-    table.add_column("t", justify="right")
+    table.add_column("map", no_wrap=True)
     for heading in measures.values():
-        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        name = " ".join(filter(None, (row["model"], row["map"])))
-        cells = [_with_ends(*row[measure]) if measure in row else "–" for measure in measures]
-        table.add_row(escape(name), "" if row["level"] is None else str(row["level"]), *cells)
+        kind = row["map"] if row["level"] is None else f"{row['map']} t={row['level']}"
+        values = {m: row[m] if m != "ratio" else (row[m][0], math.nan, math.nan) for m in measures if m in row}
+        cells = [_with_ends(*values[m]) if m in values else "–" for m in measures]
+        table.add_row(escape("\n".join(filter(None, (row["model"], kind)))), *cells)
     return table
 
 
@@ -418,7 +416,7 @@ def _fresh_table(result: Comparison) -> Table:
             continue  # in results.json
         ends = f"{_number(min(row['fresh']))} to {_number(max(row['fresh']))}"
         value = f"{_number(row['value'])}{'' if row['outside'] else ' (within)'}"
-        name = escape(f"{row['model']} {row['map']}")
+        name = escape(f"{row['model']}\n{row['map']}")
         table.add_row(name, str(row["level"]), row["measure"].replace("_", " "), value, ends, f"{row['p']:.3f}")
     return table
 
