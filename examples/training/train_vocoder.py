@@ -9,7 +9,7 @@ discriminator, so fine texture stays smeared. Noise is added to the input log-me
 from __future__ import annotations
 
 import torch
-from data import HOP, LogMel, Stems, normalise
+from data import HOP, SAMPLE_RATE, LogMel, Stems, normalise
 from loop import Trainer, arguments, generators
 
 from aiba_plugins.demo import parts
@@ -35,6 +35,7 @@ def spectral(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     options = arguments(__doc__, steps=20000, batch=16, rate=1e-3).parse_args()
+    options.seconds = COLUMNS * HOP / SAMPLE_RATE  # for the record
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
