@@ -100,9 +100,7 @@ def load(kind: Kind, root: Path = WEIGHTS) -> Any:
         pipeline_class = diffusers.AudioLDM2Pipeline
     else:
         from aiba_plugins.demo.mel_dit import MelDiTPipeline as pipeline_class
-    pipe = pipeline_class.from_pretrained(
-        root / kind, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    pipe = pipeline_class.from_pretrained(root / kind, dtype=torch.float32, use_safetensors=True, local_files_only=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
