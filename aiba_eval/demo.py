@@ -381,7 +381,7 @@ def _about_scores(pieces: int, summary: Sequence[Row]) -> list[str]:
     if without:
         notes.append(f"{without} average precisions are undefined; scores.csv says why")
     notes.append(
-        "swap: the same mask scored with the other words' maps; a map that knows its word lies above. Bands are fixed in hertz "
+        "swap: at the highest noise, less what the other words' maps get on the same mask; above 0 where a map knows its word. Bands are fixed in hertz "
         "and the same at all times; dominance masks come from the pieces' own stems"
     )
     return notes

@@ -341,31 +341,24 @@ def _demo_table(model: str, summary: Sequence[Row]) -> Table:
     shown = [row for row in summary if row["metric"] == "average_precision"]
     levels = sorted({row["timestep"] for row in shown})
     table = _table(f"{escape(model)}: average precision on real mixes at noise levels t, mean over n pieces")
-    for heading in ("mask", "word"):
-        table.add_column(heading, no_wrap=True)
-    headings = [heading for level in levels for heading in (f"t={level}", "swap")]
-    for heading in ("n", *headings, *BESIDE.values()):
+    table.add_column("mask, word", no_wrap=True)
+    for heading in ("n", *(f"t={level}" for level in levels), "swap", *BESIDE.values()):
         table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
-    groups: dict[tuple[str, str], dict[tuple[int, str], Row]] = {}
+    groups: dict[str, dict[str, dict[tuple[int, str], Row]]] = {}
     for row in shown:
-        groups.setdefault((row["mask"], row["word"]), {})[row["timestep"], row["reference"]] = row
-    # the mean over words first, then the most frequent
-    order = sorted(groups, key=lambda key: (key[1] != "all", -_any(groups[key])["n"], key[1]))
-    before = ""
-    for mask, word in (key for mask in dict.fromkeys(key[0] for key in groups) for key in order if key[0] == mask):
-        rows = groups[mask, word]
-        if before not in ("", mask):
-            table.add_section()
-        numbers = [
-            rows[level, "other_word"][column] if (level, "other_word") in rows else math.nan
-            for level in levels
-            for column in ("value", "reference_value")
-        ]
-        numbers += [
-            next((r["reference_value"] for (_, of), r in rows.items() if of == name), math.nan) for name in BESIDE
-        ]
-        table.add_row(mask if mask != before else "", escape(word), str(_any(rows)["n"]), *map(_number, numbers))
-        before = mask
+        of_mask = groups.setdefault(row["mask"], {})
+        of_mask.setdefault(row["word"], {})[row["timestep"], row["reference"]] = row
+    for mask, words in groups.items():
+        table.add_row(f"[bold]{mask}[/bold]")
+        # the mean over words first, then the most frequent
+        for word in sorted(words, key=lambda word: (word != "all", -_any(words[word])["n"], word)):
+            rows = words[word]
+            numbers = [rows[level, "chance"]["value"] if (level, "chance") in rows else math.nan for level in levels]
+            swap = rows.get((levels[-1], "other_word"), {}).get("difference", math.nan)
+            beside = [next((r["reference_value"] for (_, of), r in rows.items() if of == n), math.nan) for n in BESIDE]
+            cells = (*map(_number, numbers), _signed(swap), *map(_number, beside))
+            table.add_row(f" {escape(word)}", str(_any(rows)["n"]), *cells)
+        table.add_section()
     return table
 
 
@@ -430,6 +423,10 @@ def _with_ends(value: float, low: float, high: float) -> str:
 
 def _any(rows: Mapping[Any, Row]) -> Row:
     return next(iter(rows.values()))
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def _number(value: float) -> str:
