@@ -532,10 +532,10 @@ class Capture:
 
     def _reserve(self, site: Site, store: Store, call: AttentionCall, wanted: Spans, rows: int) -> None:
         """Account for what this call will add, and refuse before it is allocated."""
-        need, shown = store.bytes_for(call, wanted, rows)
+        need = store.bytes_for(call, wanted, rows)
         if self._held + need > self.options.budget:
             raise CaptureBudgetExceeded(
-                f"{site.label}: keeping {shown} needs {size_text(need)} more on top of {size_text(self._held)}, past "
+                f"{site.label}: keeping {store.described(call, wanted, rows)} needs {size_text(need)} more on top of {size_text(self._held)}, past "
                 f"budget={size_text(self.options.budget)}. Narrow it (words=, layers=, steps=), reduce_steps='uniform', "
                 "keep='pooled', or raise budget="
             )

@@ -60,18 +60,25 @@ class Store:
             self, mode="from_text", names=names, selector=None, branches=[], values={}, sums={}, weight={}, seen=[]
         )
 
-    def bytes_for(self, call: AttentionCall, wanted: Spans, rows: int) -> tuple[int, str]:
-        """What a call will add, and in words."""
+    def bytes_for(self, call: AttentionCall, wanted: Spans, rows: int) -> int:
+        """What a call will add."""
         if self.options.reduced and self.seen:
-            return 0, ""  # added in place
-        heads = call.query.shape[1] * call.query.shape[0] // rows if self.options.heads == "all" else 1
-        columns = {"full": call.keys, "max": 1}.get(self.mode, len(self.names))
+            return 0  # added in place
+        queries, columns, heads, kept = self._extent(call, wanted, rows)
+        return 4 * kept * heads * (call.keys if self.mode == "received" else queries * columns)
+
+    def described(self, call: AttentionCall, wanted: Spans, rows: int) -> str:
+        """The same in words, for a message."""
+        nouns = (("query", "queries"), ("column", "columns"), ("head", "heads"), ("row", "rows"))
+        extent = zip(self._extent(call, wanted, rows), nouns, strict=True)
+        return " × ".join(f"{count} {one if count == 1 else many}" for count, (one, many) in extent)
+
+    def _extent(self, call: AttentionCall, wanted: Spans, rows: int) -> tuple[int, int, int, int]:
+        """Queries, columns, heads and rows of what a call will add."""
         queries = len(range(*self.queries.indices(call.queries)))
-        per_row = call.keys if self.mode == "received" else queries * columns
-        kept = sum(rows if span is None else span[1] - span[0] for span in wanted.values())
-        shown = [(queries, "query", "queries"), (columns, "column", "columns"), (heads, "head", "heads")]
-        shown.append((kept, "row", "rows"))
-        return 4 * kept * heads * per_row, " × ".join(f"{n} {one if n == 1 else many}" for n, one, many in shown)
+        columns = {"full": call.keys, "max": 1}.get(self.mode, len(self.names))
+        heads = call.query.shape[1] * call.query.shape[0] // rows if self.options.heads == "all" else 1
+        return queries, columns, heads, sum(rows if span is None else span[1] - span[0] for span in wanted.values())
 
     def add(self, values: Tensor, wanted: Spans, step: int) -> None:
         """Add one call's values [rows, ...] to what is kept."""
