@@ -115,17 +115,16 @@ def pieces(
     base = Path(root)
     groups = _groups(base)
     check_split(split, [name for name, _ in groups if name is not None], base)
-    found: list[Piece] = []
-    skipped: list[Problem] = []
-    for name, group in groups:
-        if split is not None and name != split:
-            continue
-        places = [group.parent / "Metadata", group.parent.parent / "Metadata"]
-        for folder in _multitracks(group):
-            piece, trouble = _multitrack(folder, name, places if metadata is None else [Path(metadata)], bleed, partial)
-            skipped += trouble
-            found += [piece] if piece is not None else []
-    return Pieces(found, skipped)
+
+    def places(group: Path) -> list[Path]:
+        return [group.parent / "Metadata", group.parent.parent / "Metadata"] if metadata is None else [Path(metadata)]
+
+    return Pieces.gathered(
+        _multitrack(folder, name, places(group), bleed, partial)
+        for name, group in groups
+        if split in (None, name)
+        for folder in _multitracks(group)
+    )
 
 
 @hookimpl

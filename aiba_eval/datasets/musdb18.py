@@ -95,14 +95,8 @@ def pieces(root: str | Path, split: str | None = None, *, partial: bool = False)
     base = _base(Path(root))
     songs = _songs(base)
     check_split(split, [name for name in SPLITS if songs[name]], base)
-    found: list[Piece] = []
-    skipped: list[Problem] = []
-    for name in SPLITS if split is None else (split,):
-        for folder in songs[name]:
-            piece, trouble = _song(folder, name, partial)
-            skipped += trouble
-            found += [piece] if piece is not None else []
-    return Pieces(found, skipped)
+    chosen = SPLITS if split is None else (split,)
+    return Pieces.gathered(_song(folder, name, partial) for name in chosen for folder in songs[name])
 
 
 @hookimpl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, overload
@@ -291,6 +291,16 @@ class Pieces(Sequence[Piece]):
     def __init__(self, pieces: Sequence[Piece], skipped: Sequence[Problem] = ()) -> None:
         self._pieces = tuple(pieces)
         self.skipped = tuple(skipped)
+
+    @classmethod
+    def gathered(cls, read: Iterable[tuple[Piece | None, Sequence[Problem]]]) -> Pieces:
+        """What a reader made of each place, in order: the piece, if it can be used, and what is the matter there."""
+        found: list[Piece] = []
+        skipped: list[Problem] = []
+        for piece, trouble in read:
+            skipped += trouble
+            found += [piece] if piece is not None else []
+        return cls(found, skipped)
 
     @overload
     def __getitem__(self, index: int) -> Piece: ...

@@ -150,20 +150,17 @@ def pieces(root: str | Path, split: str | None = None, *, partial: bool = False,
     check_split(split, known, base)
     tracks = {name: _tracks(base / name if name else base) for name in known or (None,)}
     earlier = {} if duplicates else _earlier([track for some in tracks.values() for track in some])
-    found: list[Piece] = []
-    skipped: list[Problem] = []
-    for name, some in tracks.items():
-        if name != split if split is not None else name == "omitted" and not duplicates:
-            continue
-        for folder in some:
-            if folder in earlier and name != "omitted":
-                first = earlier[folder]
-                skipped.append(Problem(folder, f"the same MIDI file as {first.name} in {first.parent.name}"))
-                continue
-            piece, trouble = _piece(folder, name, partial)
-            skipped += trouble
-            found += [piece] if piece is not None else []
-    return Pieces(found, skipped)
+
+    def read(folder: Path, name: str | None) -> tuple[Piece | None, list[Problem]]:
+        if folder in earlier and name != "omitted":
+            first = earlier[folder]
+            return None, [Problem(folder, f"the same MIDI file as {first.name} in {first.parent.name}")]
+        return _piece(folder, name, partial)
+
+    # the omitted tracks are duplicates: only where they are asked for
+    unwanted = "omitted" if split is None and not duplicates else ""
+    chosen = {name: some for name, some in tracks.items() if name != unwanted and split in (None, name)}
+    return Pieces.gathered(read(folder, name) for name, some in chosen.items() for folder in some)
 
 
 @hookimpl

@@ -63,16 +63,8 @@ def pieces(root: str | Path, split: str | None = None, *, partial: bool = False)
     base = Path(root)
     groups = _groups(base)
     check_split(split, [name for name in groups if name is not None], base)
-    found: list[Piece] = []
-    skipped: list[Problem] = []
-    for name, folders_ in groups.items():
-        if split is not None and name != split:
-            continue
-        for folder in folders_:
-            piece, trouble = _piece(folder, name, partial)
-            skipped += trouble
-            found += [piece] if piece is not None else []
-    return Pieces(found, skipped)
+    chosen = {name: some for name, some in groups.items() if split in (None, name)}
+    return Pieces.gathered(_piece(folder, name, partial) for name, some in chosen.items() for folder in some)
 
 
 @hookimpl
