@@ -57,6 +57,7 @@ from aiba_eval.loading import CannotLoad, Loaded, sampling_rate
 from aiba_eval.metrics import average_precision
 from aiba_eval.outputs import OutputFolder, write_csv, write_json
 from aiba_eval.run import Progress, as_loaded, random_weights, versions
+from aiba_eval.scoring import MINIMUM_PIECES
 from aiba_eval.statistics import RESAMPLES, holm, interval, paired_permutation, permutation_p, ratio_of_means
 
 if TYPE_CHECKING:
@@ -79,8 +80,6 @@ AREAS = (0.02, 0.9)
 PRIORS = ("class_prior", "prior_mix")
 #: fewer pieces have no interval and no test
 FEWEST = 3
-#: a class is reported with at least so many pieces
-CLASS_PIECES = 10
 #: clips of other pieces that a map is swapped with
 PARTNERS = 4
 #: of what is measured on a clip: stored results of another version are not mixed with new ones
@@ -714,7 +713,7 @@ def _per_piece(records: Sequence[Row], measure: str, word: str = "all") -> dict[
 
 def _rows_of(key: Mapping[str, Any], records: Sequence[Row], classes: Mapping[str, int], draw: _Draw) -> list[Row]:
     rows = []
-    for word in ("all", *(name for name, count in classes.items() if count >= CLASS_PIECES)):
+    for word in ("all", *(name for name, count in classes.items() if count >= MINIMUM_PIECES)):
         per_piece = {measure: _per_piece(records, measure, word) for measure in (*MEASURES, "chance")}
         figures = {measure: _with_interval(values, draw) for measure, values in per_piece.items()}
         if key["target"] != "share":
@@ -965,9 +964,9 @@ def _notes(
     if skipped:
         few = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         notes.append(f"{len(skipped)} pieces were left out ({few}{'; …' if len(skipped) > 3 else ''})")
-    small = [f"{name} {count}" for name, count in classes.items() if count < CLASS_PIECES]
+    small = [f"{name} {count}" for name, count in classes.items() if count < MINIMUM_PIECES]
     if small:
-        notes.append(f"classes of fewer than {CLASS_PIECES} pieces are in the means only: {', '.join(small)}")
+        notes.append(f"classes of fewer than {MINIMUM_PIECES} pieces are in the means only: {', '.join(small)}")
     if draws < 4:
         notes.append(f"{draws} draws of noise: average at least 4 before reading effect maps")
     if reinitialisations < MINIMUM_INITIALISATIONS:

@@ -31,6 +31,20 @@ def shared_pipe():
     return pipe
 
 
+@pytest.fixture(scope="module")
+def dit():
+    """The diffusion transformer's pipeline with fresh weights."""
+    from aiba_plugins.demo import parts
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = parts.mel_dit(parts.vae(), parts.vocoder())
+    for part in made.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return made
+
+
 @pytest.fixture
 def pipe(shared_pipe):
     """A tiny random AudioLDM2Pipeline with the full topology, checked to be left as it was found."""

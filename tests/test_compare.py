@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from aiba_eval import MelGrid, compare, figures, project
 from aiba_eval.clip_maps import CannotCompare, Store, clip_maps, edits_of
 from aiba_eval.clips import TARGETS, Clip, make_clips
-from aiba_eval.comparing import CLASS_PIECES, _beside_fresh, _contrasts, _Mass, _partners, compare_on
+from aiba_eval.comparing import MINIMUM_PIECES, _beside_fresh, _contrasts, _Mass, _partners, compare_on
 from aiba_eval.datasets import Piece, Stem, freedoom_root, slakh
 from aiba_eval.demo import at_timestep
 from aiba_eval.effects import effect_map
@@ -321,8 +321,8 @@ def test_the_table_is_wide_and_undefined_cells_are_empty(result):
 
 def test_classes_with_enough_pieces_have_rows(result, music, monkeypatch):
     assert {row["word"] for row in result.rows} == {"all"}
-    assert any(f"fewer than {CLASS_PIECES} pieces are in the means only: bass" in note for note in result.notes)
-    monkeypatch.setattr("aiba_eval.comparing.CLASS_PIECES", 4)
+    assert any(f"fewer than {MINIMUM_PIECES} pieces are in the means only: bass" in note for note in result.notes)
+    monkeypatch.setattr("aiba_eval.comparing.MINIMUM_PIECES", 4)
     found = compare(Pipe("text"), Pipe("audio"), music, **OPTIONS | {"timesteps": (5,)})
     assert {row["word"] for row in found.rows} == {"all", "guitar", "piano", "flute"}  # bass is in three
     row = found.find("word_swap", model="audio", map="effect", level=5, word="piano")
@@ -645,19 +645,6 @@ def test_stored_maps_are_read_as_they_were(music, tmp_path):
 
 
 # ---- real pipelines
-
-
-@pytest.fixture(scope="module")
-def dit():
-    from aiba_plugins.demo import parts
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = parts.mel_dit(parts.vae(), parts.vocoder())
-    for part in made.components.values():
-        if isinstance(part, nn.Module):
-            part.eval()
-    return made
 
 
 def test_the_unet_and_the_transformer_on_shipped_pieces(pipe, dit, tmp_path):

@@ -603,19 +603,6 @@ def test_agreement_with_attention_of_the_same_audio(pipe, noise):
     assert all(np.isfinite(found[name]).all() and (abs(found[name]) <= 2).all() for name in found)
 
 
-@pytest.fixture(scope="module")
-def dit():
-    from aiba_plugins.demo import parts
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = parts.mel_dit(parts.vae(), parts.vocoder())
-    for part in made.components.values():
-        if isinstance(part, nn.Module):
-            part.eval()
-    return made
-
-
 @pytest.mark.parametrize("remove", ["prompt", "values"])
 def test_the_diffusion_transformer_has_effect_maps(dit, noise, remove):
     pipe = dit
