@@ -33,7 +33,6 @@ compared by paired permutation tests over pieces, corrected by Holm's method ove
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +52,7 @@ from aiba_eval.demo import UNNAMED
 from aiba_eval.effects import rank_correlation
 from aiba_eval.fresh import with_fresh_weights
 from aiba_eval.grid import MelGrid
-from aiba_eval.loading import CannotLoad, Loaded, sampling_rate
+from aiba_eval.loading import CannotLoad, Loaded, sampling_rate, weights_digest
 from aiba_eval.metrics import average_precision
 from aiba_eval.outputs import OutputFolder, write_csv, write_json
 from aiba_eval.run import Progress, as_loaded, random_weights, versions
@@ -303,7 +302,7 @@ def compare(
     }
     configuration = {
         "models": {
-            label: {"name": one.name, "pipeline": type(one.pipeline).__name__, "weights": _weights(one.pipeline)}
+            label: {"name": one.name, "pipeline": type(one.pipeline).__name__, "weights": weights_digest(one.pipeline)}
             for label, one in models.items()
         },
         **settings,
@@ -311,8 +310,8 @@ def compare(
         "words": list(named),
         "grid": dataclasses.asdict(grid),
         "method": METHOD,
-        "pieces": [_identity(piece) for piece in pieces],
-        "training": None if training is None else [_identity(piece) for piece in training],
+        "pieces": [piece.identity for piece in pieces],
+        "training": None if training is None else [piece.identity for piece in training],
     }
     folder = None if out is None else OutputFolder(out, "compare", overwrite=overwrite, configuration=configuration)
     clips, skipped = make_clips(pieces, named, grid, seed=seed, progress=tell, **material)
@@ -457,26 +456,6 @@ def _named(pieces: Sequence[Piece], words: Sequence[str] | None) -> tuple[str, .
     if unknown:
         raise CannotCompare(f"no piece has {unknown[0]!r}; the pieces' instruments are {', '.join(known) or 'none'}")
     return tuple(known if words is None else dict.fromkeys(words))
-
-
-def _identity(piece: Piece) -> str:
-    """Split, name and the size of its audio: what tells a piece from another of its name."""
-    size = sum(stem.path.stat().st_size for stem in piece.stems)
-    return f"{piece.split or ''}/{piece.name} {size}"
-
-
-def _weights(pipeline: Any) -> str:
-    """A digest of every weight of a pipeline: a model that was trained further is another one under the same name."""
-    import torch
-
-    digest = hashlib.sha256()
-    for part, module in sorted(getattr(pipeline, "components", {}).items()):
-        if isinstance(module, torch.nn.Module):
-            for name, value in sorted(module.state_dict().items()):
-                digest.update(f"{part} {name} {tuple(value.shape)} {value.dtype}".encode())
-                if not value.is_meta:  # of a part that is loaded when it is needed
-                    digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 # ---- what the models show

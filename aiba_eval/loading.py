@@ -6,6 +6,7 @@ files is refused. Loading a plugin's model runs that plugin, which the user has 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import textwrap
 from collections.abc import Iterator
@@ -124,6 +125,20 @@ def sampling_rate(pipeline: Any) -> int:
     raise CannotLoad(
         f"{type(pipeline).__name__} does not say its sampling rate: neither its vocoder nor its vae has a sampling_rate"
     )
+
+
+def weights_digest(pipeline: Any) -> str:
+    """16 hex digits of every weight of a pipeline: a model that was trained further is another one under the same name."""
+    import torch
+
+    digest = hashlib.sha256()
+    for part, module in sorted(getattr(pipeline, "components", {}).items()):
+        if isinstance(module, torch.nn.Module):
+            for name, value in sorted(module.state_dict().items()):
+                digest.update(f"{part} {name} {tuple(value.shape)} {value.dtype}".encode())
+                if not value.is_meta:  # of a part that is loaded when it is needed
+                    digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

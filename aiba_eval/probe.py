@@ -185,6 +185,8 @@ def probe(
     draws: int = 1,
     seed: int = 0,
     layers: str | Sequence[str] = "*",
+    kinds: Sequence[str] = ("cross",),
+    pooling: str = "sum",
     encode: Encode | None = None,
     predict: Predict | None = None,
 ) -> AttentionMaps:
@@ -207,7 +209,7 @@ def probe(
         Draws of noise per level. The same draws are used at every level, for every piece.
     seed : int
         Of the noise, drawn on the CPU.
-    layers
+    layers, kinds, pooling
         As in :func:`aiba_hooks.capture`.
     encode, predict : callable, optional
         See :data:`Encode` and :data:`Predict`. Default: the backbone's own methods of these names where it has them,
@@ -242,7 +244,7 @@ def probe(
     device = pipeline._execution_device
     with few_threads(pipeline), torch.no_grad():
         clean = to_latents(pipeline, normalise(waveform), sample_rate)
-        with capture(pipeline, words=words, layers=layers) as captured:
+        with capture(pipeline, words=words, layers=layers, kinds=kinds, pooling=pooling) as captured:
             # by keyword, without guidance: every row of the denoiser's batch is the prompt's
             conditioning = pipeline.encode_prompt(
                 prompt=prompt, device=device, num_waveforms_per_prompt=1, do_classifier_free_guidance=False

@@ -226,6 +226,8 @@ def generate(
     guidance: float | None = None,
     duration: float | None = None,
     layers: str | Sequence[str] = "*",
+    kinds: Sequence[str] = ("cross",),
+    pooling: str = "sum",
     heads: Literal["mean", "all"] = "mean",
     budget: str | int = "2GiB",
     progress: Progress | None = None,
@@ -238,6 +240,8 @@ def generate(
         Any text-to-audio pipeline that a backbone recognises.
     prompt, words, negative, seed, steps, guidance, duration, layers, heads, budget, progress
         As in :func:`run`.
+    kinds, pooling
+        As in :func:`aiba_hooks.capture`.
 
     Raises
     ------
@@ -249,7 +253,9 @@ def generate(
     from aiba_hooks import capture
 
     arguments = arguments_for(pipeline, steps=steps, guidance=guidance, negative=negative, duration=duration)
-    with capture(pipeline, words=words, layers=layers, heads=heads, budget=budget) as captured:
+    with capture(
+        pipeline, words=words, layers=layers, kinds=kinds, pooling=pooling, heads=heads, budget=budget
+    ) as captured:
         audio = call(pipeline, prompt, arguments, seed=seed, progress=progress)
     if not np.isfinite(audio).all():
         raise CannotGenerate(

@@ -128,6 +128,12 @@ class Piece:
         """The instruments' words, each once, sorted."""
         return tuple(sorted({stem.instrument for stem in self.stems} | {note.instrument for note in self.notes}))
 
+    @property
+    def identity(self) -> str:
+        """Split, name and the size of its audio in bytes: what tells a piece from another of its name."""
+        files = [stem.path for stem in self.stems] or ([self.mix_path] if self.mix_path is not None else [])
+        return f"{self.split or ''}/{self.name} {sum(path.stat().st_size for path in files)}"
+
     def mix(
         self, start: float = 0.0, seconds: float | None = None, sample_rate: int | None = None
     ) -> NDArray[np.float32]:

@@ -48,6 +48,11 @@ def normalise(audio: torch.Tensor) -> torch.Tensor:
     return 0.5 * audio / audio.abs().amax(-1, keepdim=True).clamp_min(1e-6)
 
 
+#: how often a prompt leaves out one of several instruments. The more often, the less a model takes a word's absence for the
+#: instrument's, and the less leaving out a word changes
+UNNAMED = 0.05
+
+
 class Stems:
     """The packed stems of one split.
 
@@ -120,15 +125,15 @@ class Stems:
         return normalise(mixes), instruments
 
 
-def prompt(rng: np.random.Generator, instruments: list[str]) -> str:
-    """A prompt for these instruments: random order, words and phrasing; sometimes one is left out, sometimes words are
-    added that mean nothing for the sound."""
+def prompt(rng: np.random.Generator, instruments: list[str], unnamed: float = UNNAMED) -> str:
+    """A prompt for these instruments: random order, words and phrasing; with probability ``unnamed`` one of several is left
+    out, sometimes words are added that mean nothing for the sound."""
 
     def pick(options: tuple[str, ...]) -> str:
         return options[int(rng.integers(len(options)))]
 
     named = [str(name) for name in rng.permutation(instruments)]
-    if len(named) > 1 and rng.random() < 0.15:
+    if len(named) > 1 and rng.random() < unnamed:
         named = named[1:]
     phrases = []
     for name in named:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from data import prompt
+from data import UNNAMED, prompt
 from loop import Trainer, arguments, generators
 from safetensors import safe_open
 
@@ -59,6 +59,7 @@ def main() -> None:
     parser = arguments(__doc__, steps=6000, batch=16, rate=1e-3)
     parser.add_argument("--kind", choices=("unet", "dit"), required=True)
     parser.add_argument("--columns", type=int, default=None, help="train on random cuts of so many latent columns")
+    parser.add_argument("--unnamed", type=float, default=UNNAMED, help="share of prompts that leave an instrument out")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -82,7 +83,7 @@ def main() -> None:
             starts = rng.integers(clean.shape[2] - options.columns + 1, size=len(clean))
             cuts = [row[:, start : start + options.columns] for row, start in zip(clean, starts, strict=True)]
             clean = torch.stack(cuts)
-        prompts = ["" if rng.random() < EMPTY else prompt(rng, instruments[i]) for i in chosen]
+        prompts = ["" if rng.random() < EMPTY else prompt(rng, instruments[i], options.unnamed) for i in chosen]
         noise = torch.randn(clean.shape, generator=noise_of, device=device)
         # one timestep per equal part of the range: less variance between batches
         parts_of_range = (torch.arange(options.batch, device=device) + float(rng.random())) / options.batch
