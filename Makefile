@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-sat lint setup clean
+.PHONY: demo test test-sat browser lint setup clean
 
 demo: $(STAMP)
 	$(BIN)/aiba demo
@@ -25,6 +25,12 @@ $(SAT)/.installed: $(STAMP) constraints-sat.txt
 	echo "import site; site.addsitedir('$$base')" > $$own/base.pth
 	$(SAT)/bin/python -m pip install --quiet --no-deps --requirement constraints-sat.txt
 	touch $@
+
+# headless Chromium for tests/test_report_browser.py: Debian's packages where there is apt and root, else a message
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then echo "chromium and chromedriver are here"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver; \
+	else echo "tests/test_report_browser.py is skipped without them: sudo apt-get install chromium chromium-driver"; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aiba_eval import metrics, references, templates
+    from aiba_eval import metrics, references, report, templates
     from aiba_eval.comparing import compare
     from aiba_eval.diagnostics import diagnose
     from aiba_eval.effects import effect_map
@@ -25,6 +25,7 @@ __all__ = [
     "paper_recipe",
     "project",
     "references",
+    "report",
     "score",
     "templates",
 ]
@@ -39,6 +40,7 @@ _EXPORTS = {
     "paper_recipe": "recipe",
     "project": "grid",
     "references": "references",
+    "report": "report",
     "score": "scoring",
     "templates": "templates",
 }

@@ -61,6 +61,8 @@ def with_fresh_weights(pipeline: Any, seed: int, *, keep: Sequence[str] = ("vae"
 
 
 def _rebuilt(name: str, part: Any) -> Any:
+    import torch
+
     kind, config = type(part), getattr(part, "config", None)
     if config is None:
         raise CannotReinitialise(
@@ -70,4 +72,5 @@ def _rebuilt(name: str, part: Any) -> Any:
     # diffusers' models are built by a class method, transformers' by their constructor
     made = kind.from_config(config) if hasattr(kind, "from_config") else kind(copy.deepcopy(config))
     weight = next(part.parameters())
-    return made.to(weight.device, weight.dtype).eval()
+    # not made.to(): diffusers' own warns of parts to be kept in float32 even where there are none
+    return torch.nn.Module.to(made, weight.device, weight.dtype).eval()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -186,7 +186,7 @@ def probe(
     seed: int = 0,
     layers: str | Sequence[str] = "*",
     kinds: Sequence[str] = ("cross",),
-    pooling: str = "sum",
+    pooling: Literal["sum", "mean", "weighted", "max", "logmean"] = "sum",
     encode: Encode | None = None,
     predict: Predict | None = None,
 ) -> AttentionMaps:

@@ -227,7 +227,7 @@ def generate(
     duration: float | None = None,
     layers: str | Sequence[str] = "*",
     kinds: Sequence[str] = ("cross",),
-    pooling: str = "sum",
+    pooling: Literal["sum", "mean", "weighted", "max", "logmean"] = "sum",
     heads: Literal["mean", "all"] = "mean",
     budget: str | int = "2GiB",
     progress: Progress | None = None,

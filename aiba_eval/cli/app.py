@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import enum
 import importlib.metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from aiba_eval.cli import evaluating
+from aiba_eval.cli.bench import bench
+from aiba_eval.cli.export import export
+from aiba_eval.cli.options import Device, Dtype, DtypeOption, Heads, Json, Seed, Spatial, StepWeights
+from aiba_eval.cli.report import report as make_report
 from aiba_eval.cli.show import Report, expected_errors
 
 app = typer.Typer(
@@ -20,43 +24,6 @@ app = typer.Typer(
 )
 stems_app = typer.Typer(help="Multi-stem music to score against.", no_args_is_help=True)
 app.add_typer(stems_app, name="stems")
-
-
-class Heads(enum.StrEnum):
-    """--heads"""
-
-    mean = "mean"
-    all = "all"
-
-
-class Spatial(enum.StrEnum):
-    """--spatial"""
-
-    mean = "mean"
-    max = "max"
-    topk = "topk"
-
-
-class StepWeights(enum.StrEnum):
-    """--step-weights"""
-
-    uniform = "uniform"
-    late = "late"
-
-
-class Dtype(enum.StrEnum):
-    """--dtype"""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-Device = Annotated[str, typer.Option(help="A torch device such as cuda:1; auto is a GPU if there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="auto is bfloat16 on a GPU and float32 elsewhere.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the noise, drawn on the CPU: the same on every device.")]
 
 
 def _version(wanted: bool) -> None:
@@ -326,3 +293,10 @@ def stems_render(
                 progress=lambda state: progress("rendering", state.done, state.total),
             )
         report.stems(summary)
+
+
+app.command("bench")(bench)
+app.command("evaluate")(evaluating.evaluate)
+app.command("reproduce")(evaluating.reproduce)
+app.command("export")(export)
+app.command("report")(make_report)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aiba_eval.comparing import Comparison
     from aiba_eval.demo import DemoResult
     from aiba_eval.diagnostics import Diagnosis
+    from aiba_eval.evaluation import Run
     from aiba_eval.run import RunResult
 
 Progress = Callable[[str, int, int | None], None]
@@ -164,6 +165,19 @@ class Report:
             self.out.print(_demo_table(model, [row for row in result.summary if row["model"] == model]))
         self._close(result)
 
+    def evaluations(self, runs: Mapping[str, Run]) -> None:
+        """`aiba evaluate` and `aiba reproduce`: a run for each part."""
+        if self.json:
+            documents = {part: _evaluation_document(run) for part, run in runs.items()}
+            self.document(documents.get("", documents))
+            return
+        for part, run in runs.items():
+            for table in evaluation_tables(run, part):
+                self.out.print(table)
+            for note in run.record["notes"]:
+                self.say(f"• {note}")
+            self.say(f"Written to {run.path.resolve()}; `aiba report {run.path}` makes a page of it")
+
     def stems(self, summary: Any) -> None:
         """`aiba stems render`."""
         if self.json:
@@ -254,21 +268,29 @@ def _remedy(error: Exception) -> str | None:
 # by name: comparing classes would import what raises them
 _EXPECTED = {
     "AibaError",
+    "CannotBench",
     "CannotCompare",
+    "CannotEvaluate",
+    "CannotExport",
     "CannotGenerate",
     "CannotLoad",
     "CannotProbe",
     "CannotReinitialise",
     "DamagedAudio",
+    "DiskFull",
     "FolderInUse",
+    "NotARun",
     "StemsError",
 }
 _EXTRAS = {
     "diffusers": "diffusers",
     "transformers": "diffusers",
     "accelerate": "diffusers",
+    "jinja2": "eval",
     "librosa": "eval",
     "matplotlib": "eval",
+    "pandas": "eval",
+    "pyarrow": "eval",
     "sklearn": "eval",
     "scipy": "eval",
     "soundfile": "eval",
@@ -412,6 +434,64 @@ def _fresh_table(result: Comparison) -> Table:
         name = escape(f"{row['model']}\n{row['map']}")
         table.add_row(name, str(row["level"]), row["measure"].replace("_", " "), value, ends, f"{row['p']:.3f}")
     return table
+
+
+def _evaluation_document(run: Run) -> dict[str, Any]:
+    return {
+        "out": run.path,
+        **run.record,
+        "summary": run.summary(),
+        "contrasts": run.contrasts(),
+        "controls": run.controls(),
+    }
+
+
+def evaluation_tables(run: Run, part: str = "") -> Iterator[Table]:
+    """Scores beside references, contrasts and controls of an evaluation."""
+    units = "seeds" if run.configuration["protocol"] == "generate" else "pieces"
+    summary = [row for row in run.summary() if row["word"] == "all" and row["metric"] == "average_precision"]
+    counts = sorted({row["n"] for row in summary})
+    over = f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else str(counts[0] if counts else 0)
+    table = _table(f"{part}: average precision, means over {over} {units}".removeprefix(": "))
+    beside = {**BESIDE, "other_word": "other word", "other_piece": "other piece"}
+    several = len({row["variant"] for row in summary}) > 1
+    table.add_column("variant: target" if several else "target", overflow="fold", no_wrap=not several)
+    for heading in ("t", "AP", *beside.values()):
+        table.add_column(heading, justify="right", no_wrap=heading in ("t", "AP"))
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in summary:
+        groups.setdefault((row["variant"], row["target"], row["level"]), {})[row["reference"]] = row
+    for (variant, target, level), rows in groups.items():
+        own = _any(rows)
+        references = [_number(rows[name]["reference_value"]) if name in rows else "" for name in beside]
+        value = _with_ends(own["value"], own["low"], own["high"])
+        table.add_row(f"{escape(variant)}: {target}" if several else target, str(level), value, *references)
+    yield table
+    contrasts = [row for row in run.contrasts() if row["target"] == run.contrasts()[0]["target"]]
+    if contrasts:
+        table = _table(f"Contrasts against {contrasts[0]['target']}")
+        kinds = {row["contrast"]: row["contrast"].replace("_", " ") for row in contrasts}
+        for heading in ("map", "level", *(column for name in kinds.values() for column in (name, "p"))):
+            table.add_column(heading, justify="left" if heading == "map" else "right")
+        by_map: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in contrasts:
+            level = "" if math.isnan(row["level"]) else str(row["level"])
+            by_map.setdefault((row["map"].replace("_", " "), level), {})[row["contrast"]] = row
+        for (name, level), found in by_map.items():
+            cells = []
+            for kind in kinds:
+                one = found.get(kind)
+                cells += [_with_ends(one["value"], one["low"], one["high"]), _number(one["p"])] if one else ["", ""]
+            table.add_row(name, level, *cells)
+        yield table
+    if run.controls():
+        table = _table("Controls")
+        for heading in ("control", "measure", "level", "own", "under control", "p", "n"):
+            table.add_column(heading, justify="left" if heading in ("control", "measure") else "right")
+        for row in run.controls():
+            shown = map(_number, (row["observed"], row["control"], row["p"]))
+            table.add_row(row["name"].replace("_", " "), row["measure"], str(row["level"]), *shown, str(row["count"]))
+        yield table
 
 
 def _with_ends(value: float, low: float, high: float) -> str:

@@ -18,14 +18,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from aiba_eval import metrics
 
 Protocol = Literal["probe", "generate"]
 
 #: pooling over tokens that needs no further input; see :func:`aiba_hooks.capture`
-POOLINGS = ("sum", "mean", "max", "logmean")
+Pooling = Literal["sum", "mean", "max", "logmean"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 #: metrics of the controls and of every re-initialisation
 PRIMARY = ("average_precision",)
 
@@ -51,7 +52,7 @@ class Variant:
     """
 
     attention: Literal["cross", "all"] = "cross"
-    pooling: str = "sum"
+    pooling: Pooling = "sum"
     layers: tuple[str, ...] = ("*",)
     steps: Literal["uniform", "late"] = "uniform"
     spatial: Literal["mean", "max", "topk"] = "mean"
@@ -74,7 +75,7 @@ class Variant:
             raise CannotEvaluate(f"a variant needs layers and top_k >= 1, got {self.layers} and {self.top_k}")
 
     @property
-    def capture(self) -> tuple[str, str]:
+    def capture(self) -> tuple[str, Pooling]:
         """What has to be captured for it: variants that agree share their forwards."""
         return self.attention, self.pooling
 

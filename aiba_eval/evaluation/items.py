@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from aiba_eval import templates
 from aiba_eval.datasets.sections import Section, sections
 from aiba_eval.demo import UNNAMED, at_timestep, prompt_of
 from aiba_eval.effects import listed
-from aiba_eval.evaluation.configuration import CannotEvaluate, Configuration, Variant
+from aiba_eval.evaluation.configuration import CannotEvaluate, Configuration, Pooling, Variant
 from aiba_eval.grid import MelGrid, project
 from aiba_eval.outputs import dump_json
 from aiba_eval.probe import normalise, probe
@@ -138,7 +137,7 @@ def _generator(seed: int, name: str) -> np.random.Generator:
 
 
 def variants_of(
-    captured: Callable[[tuple[str, str]], AttentionMaps],
+    captured: Callable[[tuple[str, Pooling]], AttentionMaps],
     configuration: Configuration,
     words: Sequence[str],
     grid: MelGrid,
@@ -231,11 +230,11 @@ def _plain(value: Any) -> Any:
 class Captures:
     """The captures of one item, each made when it is first needed."""
 
-    def __init__(self, make: Callable[[tuple[str, ...], str], AttentionMaps]) -> None:
+    def __init__(self, make: Callable[[tuple[str, ...], Pooling], AttentionMaps]) -> None:
         self._make = make
-        self.made: dict[tuple[str, str], AttentionMaps] = {}
+        self.made: dict[tuple[str, Pooling], AttentionMaps] = {}
 
-    def __call__(self, how: tuple[str, str]) -> AttentionMaps:
+    def __call__(self, how: tuple[str, Pooling]) -> AttentionMaps:
         """Maps with the attention and pooling of ``how`` = :attr:`Variant.capture`."""
         if how not in self.made:
             attention, pooling = how
@@ -255,7 +254,7 @@ def probed(
 ) -> Captures:
     """Captures of probes of one mix."""
 
-    def make(kinds: tuple[str, ...], pooling: str) -> AttentionMaps:
+    def make(kinds: tuple[str, ...], pooling: Pooling) -> AttentionMaps:
         return probe(
             pipeline,
             mix,
@@ -291,7 +290,7 @@ class Generated:
     def captures(self) -> Captures:
         """Captures of the generation."""
 
-        def make(kinds: tuple[str, ...], pooling: str) -> AttentionMaps:
+        def make(kinds: tuple[str, ...], pooling: Pooling) -> AttentionMaps:
             made = generate(
                 self.pipeline,
                 self.prompt,
@@ -380,12 +379,6 @@ def write_item(
         soundfile.write(partial / "audio.flac", np.clip(audio, -1, 1), sample_rate, subtype="PCM_16")
     (partial / "item.json").write_text(dump_json(about) + "\n", encoding="utf-8")
     partial.rename(path)
-
-
-def read_about(path: Path) -> Row:
-    """``item.json`` of an item."""
-    found: Row = json.loads((path / "item.json").read_text(encoding="utf-8"))
-    return found
 
 
 def instruments_of(configuration: Configuration, pieces: Sequence[Piece]) -> tuple[str, ...]:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from aiba_eval.evaluation import scores
 from aiba_eval.evaluation.configuration import CannotEvaluate, Configuration
 from aiba_eval.evaluation.executing import DiskFull, Executor, here, on_dask
-from aiba_eval.evaluation.items import read_about
-from aiba_eval.evaluation.runs import ITEMS, RESULTS, SCORES, SUMMARY, Run
+from aiba_eval.evaluation.runs import ITEMS, RESULTS, SCORES, SUMMARY, Run, read_about, read_items
 from aiba_eval.evaluation.summary import summary_of
-from aiba_eval.evaluation.workshop import LAYER_WEIGHTS, TRAINING, Source, Workshop, read_items
+from aiba_eval.evaluation.workshop import LAYER_WEIGHTS, TRAINING, Source, Workshop
 from aiba_eval.loading import Loaded, weights_digest
 from aiba_eval.outputs import OutputFolder, write_json
 from aiba_eval.run import Progress, as_loaded, random_weights, versions
@@ -39,6 +38,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     dask: str | None = None,
+    dataset: str = "",
     progress: Progress | None = None,
 ) -> Run:
     """Evaluate a model's attention, every score beside its references; goes on where it was stopped.
@@ -62,6 +62,8 @@ def evaluate(
         As in :func:`aiba_eval.run.run`.
     dask : str, optional
         ``"local:N"`` or a scheduler's address: spread items over workers.
+    dataset : str
+        What the pieces are called, for the record.
 
     Returns
     -------
@@ -125,6 +127,7 @@ def evaluate(
     folder.finish(
         {
             "conditions": list(config.conditions),
+            "dataset": dataset,
             "trained": loaded.trained,
             "failed": failed,
             "skipped": skipped,
@@ -196,7 +199,7 @@ def evaluate_on(
             continue  # it has no such split
         if len(found):
             further[kind] = list(found)[:max_pieces]
-    return evaluate(model, list(pieces)[:max_pieces], configuration, **further, **options)
+    return evaluate(model, list(pieces)[:max_pieces], configuration, dataset=dataset, **further, **options)
 
 
 def _check(config: Configuration, pieces: Sequence[Piece], validation: Sequence[Piece]) -> None:

@@ -70,7 +70,7 @@ class Item:
     @classmethod
     def read(cls, path: Path) -> Item:
         """Of its folder."""
-        about = json.loads((path / "item.json").read_text(encoding="utf-8"))
+        about = read_about(path)
         named = {name: about[name] for name in ("id", "condition", "piece", "start", "seconds", "prompt")}
         return cls(**named, words=tuple(about["words"]), path=path, about=about)
 
@@ -179,9 +179,7 @@ class Run:
 
     def items_of(self, condition: str) -> Iterator[Item]:
         """Finished items under a condition, in order of their ids."""
-        for path in sorted((self.path / ITEMS / condition).glob("*/item.json")):
-            if not path.parent.name.startswith("."):
-                yield Item.read(path.parent)
+        yield from read_items(self.path, condition)
 
     def scores(self) -> pandas.DataFrame:
         """One row per condition, item, variant, level, target, word and metric, with a column per reference.
@@ -224,3 +222,19 @@ class Run:
             raise NotARun(
                 f"{self.path} has no {name} yet: the evaluation is not complete. Run `aiba evaluate` there again"
             )
+
+
+def read_items(folder: Path, condition: str) -> list[Item]:
+    """Finished items under a condition, by id; what could not be used is left out."""
+    found = []
+    for path in sorted((folder / ITEMS / condition).glob("*/item.json")):
+        # a name with a dot is being written
+        if not path.parent.name.startswith(".") and "skipped" not in read_about(path.parent):
+            found.append(Item.read(path.parent))
+    return found
+
+
+def read_about(path: Path) -> Row:
+    """``item.json`` in an item's folder."""
+    found: Row = json.loads((path / "item.json").read_text(encoding="utf-8"))
+    return found

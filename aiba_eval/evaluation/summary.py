@@ -12,7 +12,7 @@ from aiba_eval import controls, references
 from aiba_eval.contrasts import Contrast, cross_scores, piece_swap, word_swap
 from aiba_eval.evaluation.scores import JUDGED
 from aiba_eval.grid import LOG_FLOOR
-from aiba_eval.scoring import summarise
+from aiba_eval.scoring import MINIMUM_PIECES, summarise
 
 if TYPE_CHECKING:
     import pandas
@@ -67,10 +67,14 @@ def _contrasts(workshop: Workshop, options: Mapping[str, int]) -> list[Row]:
             head = {"map": source, "variant": "default", "level": level, "target": target}
             for kind, contrast in _both(maps, masks, pieces, options, config.generates):
                 mean, low, high = contrast.interval
-                found.append(
-                    {**head, "contrast": kind, "word": "all", "value": mean, "low": low, "high": high}
-                    | {"p": contrast.p, "n": len(contrast.per_piece)}
+                enough = len(contrast.per_piece) >= MINIMUM_PIECES
+                row: Row = {**head, "contrast": kind, "word": "all", "value": mean, "n": len(contrast.per_piece)}
+                row |= (
+                    {"low": low, "high": high, "p": contrast.p}
+                    if enough
+                    else dict.fromkeys(("low", "high", "p"), np.nan)
                 )
+                found.append(row)
     return found
 
 

@@ -24,7 +24,7 @@ from aiba_eval.datasets import DamagedAudio
 from aiba_eval.evaluation import items, scores, weights
 from aiba_eval.evaluation.configuration import CannotEvaluate, Configuration
 from aiba_eval.evaluation.items import Floats, Row, Unusable
-from aiba_eval.evaluation.runs import ITEMS, SCORES, Item
+from aiba_eval.evaluation.runs import ITEMS, SCORES, Item, read_items
 from aiba_eval.fresh import with_fresh_weights
 from aiba_eval.loading import Loaded, load
 from aiba_eval.outputs import write_json
@@ -370,15 +370,6 @@ class Workshop:
             found = {item.id: item for item in read_items(self.folder, condition) if item.words}
             self._items[condition] = {name: found[name] for name in self.plan if name in found}
         return self._items[condition]
-
-
-def read_items(folder: Path, condition: str) -> list[Item]:
-    """Usable items of a condition, by id; what could not be used is left out."""
-    found = []
-    for path in sorted((folder / ITEMS / condition).glob("*/item.json")):
-        if not path.parent.name.startswith(".") and "skipped" not in items.read_about(path.parent):
-            found.append(Item.read(path.parent))
-    return found
 
 
 def item_id(name: str, number: int) -> str:

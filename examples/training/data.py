@@ -91,10 +91,10 @@ class Stems:
         return bool(power > ACTIVE * self._loudest[columns][row] and power / columns > 1e-7)
 
     def draw(self, rng: np.random.Generator, columns: int) -> tuple[list[int], int]:
-        """Rows of one clip and the column at which it starts.
+        """Rows that play in one window, the one that it was chosen for first, and the column at which it starts.
 
         An instrument is drawn first, with the square root of its frequency; then a piece that has it, a window in which it
-        plays, and others that play there.
+        plays, and what else plays there.
         """
         names = list(self.by_instrument)
         odds = np.sqrt([len(self.by_instrument[name]) for name in names])
@@ -108,20 +108,29 @@ class Stems:
                 break
         others = [r for r in self.pieces[self.rows[anchor][0]].values() if r != anchor]
         others = [r for r in others if self.active(r, start, columns)]
-        size = 1 + int(rng.choice(len(SIZES), p=SIZES))
-        return [anchor, *(int(r) for r in rng.permutation(others)[: size - 1])], start
+        return [anchor, *(int(r) for r in rng.permutation(others))], start
 
-    def batch(self, rng: np.random.Generator, size: int, columns: int) -> tuple[torch.Tensor, list[list[str]]]:
-        """``size`` normalised mixes [size, columns × hop] and the instruments in each."""
+    def batch(
+        self, rng: np.random.Generator, size: int, columns: int, subsets: int = 1
+    ) -> tuple[torch.Tensor, list[list[str]]]:
+        """``size`` normalised mixes [size, columns × hop] and the instruments in each; every window that is drawn gives
+        ``subsets`` mixes of some of its instruments."""
         mixes = torch.zeros(size, columns * HOP, device=self.device)
-        instruments = []
-        for i in range(size):
-            rows, start = self.draw(rng, columns)
-            gains = 10 ** (rng.uniform(-6, 6, len(rows)) / 20)
-            for row, gain in zip(rows, gains, strict=True):
-                part = self.audio[row, start * HOP : (start + columns) * HOP]
-                mixes[i].add_(part.float() * self.scale[row], alpha=float(gain))
-            instruments.append([self.rows[row][1] for row in rows])
+        instruments: list[list[str]] = []
+        while len(instruments) < size:
+            playing, start = self.draw(rng, columns)
+            seen: set[frozenset[int]] = set()
+            for _ in range(min(subsets, size - len(instruments))):
+                count = 1 + int(rng.choice(len(SIZES), p=SIZES))
+                rows = playing[:count] if not seen else [int(r) for r in rng.permutation(playing)[:count]]
+                if frozenset(rows) in seen:
+                    continue
+                seen.add(frozenset(rows))
+                gains = 10 ** (rng.uniform(-6, 6, len(rows)) / 20)
+                for row, gain in zip(rows, gains, strict=True):
+                    part = self.audio[row, start * HOP : (start + columns) * HOP]
+                    mixes[len(instruments)].add_(part.float() * self.scale[row], alpha=float(gain))
+                instruments.append([self.rows[row][1] for row in rows])
         return normalise(mixes), instruments
 
 

@@ -1,6 +1,6 @@
 """Draw training clips and encode them with the trained VAE, once for both denoisers.
 
-    python examples/training/encode.py --work WORK --count 20000
+    python examples/training/encode.py --work WORK --count 40000
 
 Writes the latents (posterior means, each channel brought to mean 0 and deviation 1, which export.py folds into the VAE) and
 the instruments of every clip. Prompts are drawn anew in every training step.
@@ -25,7 +25,13 @@ from aiba_plugins.demo import parts
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=20000, help="clips")
+    parser.add_argument("--count", type=int, default=40000, help="clips")
+    parser.add_argument(
+        "--subsets",
+        type=int,
+        default=4,
+        help="clips of every window, each a mix of other instruments of it: only the prompt tells them apart",
+    )
     parser.add_argument("--seconds", type=float, default=2.56, help="length of a clip")
     parser.add_argument("--split", default="train")
     parser.add_argument("--seed", type=int, default=0)
@@ -41,7 +47,7 @@ def main() -> None:
     latents, instruments, size = [], [], 40
     with torch.no_grad(), torch.autocast(options.device, torch.bfloat16):
         for first in range(0, options.count, size):
-            audio, named = stems.batch(np.random.default_rng((options.seed, 1, first)), size, columns)
+            audio, named = stems.batch(np.random.default_rng((options.seed, 1, first)), size, columns, options.subsets)
             latents.append(vae.encode(front(audio)[:, None]).latent_dist.mode().half().cpu())
             instruments += named
             if first % (100 * size) == 0:

@@ -1,0 +1,1 @@
+"""Benchmarks: what capture costs, raced in one process against the bare model and against what people use."""
