@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from aiba_hooks.checks import Check
+from aiba_hooks.dense import Softmax
 
 if TYPE_CHECKING:
     from aiba_hooks.tagging import Tag
@@ -38,6 +40,9 @@ class AttentionCall:
     tag : what the adapter knows about the source of the keys from the call itself, before any other evidence
     inside : where the call is made above the attention module that it stands for, the name of that module in the calling
         one: the site is then the same whichever path runs
+    formula : the call in plain terms, where it is a softmax of query and key that the adapter knows exactly (4-dimensional
+        arguments only); all keys are then read in one pass, and fused kernels may pool. None asks the kernel, always
+    narrow : the same call of some rows of the batch, from start to stop; None where its rows do not stand alone
     prepare : where query, key and value are stand-ins of the right shapes, the call with real ones; see ``prepared``
     """
 
@@ -53,6 +58,8 @@ class AttentionCall:
     restore: Callable[[Tensor], Any] | None = None
     tag: Tag | None = None
     inside: str | None = None
+    formula: Softmax | None = None
+    narrow: Callable[[int, int], AttentionCall] | None = None
     prepare: Callable[[], AttentionCall] | None = None
 
     def prepared(self) -> AttentionCall:
@@ -87,16 +94,42 @@ class AttentionCall:
         pooled : [batch, heads, Tq, groups] in the output's dtype, or what ``reduce`` makes of it
         error : [] the check column's largest deviation from the model's own output, relative to the largest output
         """
-        selectors = selectors.to(self.value.dtype)
+        pooled, check = self.pool(selectors, reduce)
+        return pooled, check.error
 
-        def fill(columns: Tensor, start: int, stop: int) -> None:
-            columns.copy_(selectors[:, None, :, start:stop].expand_as(columns))
+    def pool(
+        self,
+        selectors: Tensor,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        templates: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Check]:
+        """As :meth:`ask`, with the check not yet compared.
 
-        parts, errors = [], []
-        for _, _, answer, error in self._asks(selectors.shape[-1], fill):
+        Parameters
+        ----------
+        templates : values of earlier calls with these selectors, laid out as this call's; empty the first time, and filled
+            then. Only the check column of them is written again
+        """
+        parts, check = [], None
+        width, count = self.value.shape[-1], selectors.shape[-1]
+        templates = [] if templates is None else templates
+        for number, (start, stop, offset) in enumerate(_spans(count, width)):
+            if number == len(templates):
+                # a compiled kernel is specialised on the strides of its values
+                columns = torch.zeros_like(self.value)
+                wanted = selectors[:, None, :, start:stop].to(columns.dtype)
+                columns[..., offset : offset + stop - start] = wanted
+                templates.append(columns)
+            columns = templates[number]
+            if number == 0:
+                columns[..., 0] = self.value[..., 0]
+            answer = self.again(columns)
+            if number == 0:
+                check = self.check(answer[..., 0])
+            answer = answer[..., offset : offset + stop - start]
             parts.append(answer if reduce is None else reduce(answer))
-            errors.append(error)
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)), errors[0]
+        assert check is not None
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)), check
 
     def ask_keys(self, positions: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Attention to single keys, a few at a time: the identity selector in chunks as wide as the values.
@@ -111,43 +144,44 @@ class AttentionCall:
         probabilities : [batch, heads, Tq, m]
         error : [] of the check column (0 but in the first chunk, which carries it)
         """
+        for wanted, answer, check in self.single_keys(positions):
+            error = answer.new_zeros((), dtype=torch.float32) if check is None else check.error
+            yield wanted, answer, error
+
+    def single_keys(self, positions: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Check | None]]:
+        """As :meth:`ask_keys`, with the check of the first chunk not yet compared, and None after it."""
         if positions is None:
             positions = torch.arange(self.keys, device=self.value.device)
-        wanted = positions
-
-        def fill(columns: Tensor, start: int, stop: int) -> None:
-            columns[:, :, wanted[start:stop], torch.arange(stop - start, device=columns.device)] = 1
-
-        checked = None
-        for start, stop, answer, error in self._asks(len(wanted), fill):
-            checked = error if checked is None else checked
-            if stop > start or not len(wanted):  # values of width 1 leave no room beside the check column
-                yield wanted[start:stop], answer, checked
-                checked = torch.zeros_like(checked)
-
-    def _asks(self, count: int, fill: Callable[[Tensor, int, int], None]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Ask for ``count`` columns in as many calls as their width allows: ``(start, stop, answer, error)``.
-
-        Columns are as wide as the values, because fused kernels limit or specialise on the head dimension. Column 0 of
-        the first call carries ``value[..., 0]``.
-        """
-        width = self.value.shape[-1]
-        start, first = 0, True
-        while first or start < count:
-            offset = 1 if first else 0
-            stop = min(count, start + width - offset)
-            # a compiled kernel is specialised on the strides of its values
-            columns = torch.zeros_like(self.value)
-            if first:
+        check = None
+        for start, stop, offset in _spans(len(positions), self.value.shape[-1]):
+            columns, wanted = torch.zeros_like(self.value), positions[start:stop]
+            if offset:
                 columns[..., 0] = self.value[..., 0]
-            fill(columns[..., offset : offset + stop - start], start, stop)
+            columns[:, :, wanted, torch.arange(offset, offset + len(wanted), device=columns.device)] = 1
             answer = self.again(columns)
-            error = self._error(answer[..., 0]) if first else answer.new_zeros((), dtype=torch.float32)
-            yield start, stop, answer[..., offset : offset + stop - start], error
-            start, first = stop, False
+            if offset:
+                check = self.check(answer[..., 0])
+            if stop > start or not len(positions):  # values of width 1 leave no room beside the check column
+                yield wanted, answer[..., offset : offset + stop - start], check
+                check = None
 
-    def _error(self, answer: Tensor) -> Tensor:
-        return deviation(answer, self.output[..., 0]) if self.reproduction is None else self.reproduction()
+    @property
+    def known(self) -> bool:
+        """Whether the formula can stand for the kernel: it is declared, and torch does not round float32 products to less, which
+        kernels do each in their own way."""
+        exact = self.query.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+        return self.formula is not None and exact
+
+    @property
+    def asks(self) -> int:
+        """How many times the kernel would have to be asked for every key."""
+        return -(-(self.keys + 1) // self.value.shape[-1])
+
+    def check(self, answer: Tensor) -> Check:
+        """The check column [batch, heads, Tq] as it came back, beside the model's own."""
+        if self.reproduction is not None:
+            return Check("error", self.reproduction())
+        return Check("columns", torch.stack([answer, self.output[..., 0].to(answer.dtype)]))
 
     @classmethod
     def from_probabilities(cls, kernel: str, probabilities: Tensor, dropout: float = 0.0) -> AttentionCall:
@@ -174,11 +208,14 @@ class AttentionCall:
         )
 
 
-def deviation(answer: Tensor, output: Tensor) -> Tensor:
-    """Largest |answer − output| relative to the largest |output|; entries that the model itself made non-finite do not count."""
-    if output.dtype != torch.float64:
-        answer, output = answer.float(), output.float()
-    finite = torch.isfinite(output)
-    difference = torch.where(finite, (answer - output).abs(), torch.zeros_like(output))
-    scale = torch.where(finite, output.abs(), torch.zeros_like(output)).amax()
-    return (torch.nan_to_num(difference.amax(), nan=math.inf) / scale.clamp_min(1e-6)).float()
+def _spans(count: int, width: int) -> Iterator[tuple[int, int, int]]:
+    """``(start, stop, offset)`` of ``count`` columns in as many asks as their width allows; column 0 of the first is the
+    check's, so that its selectors begin at 1.
+
+    Columns are as wide as the values, because fused kernels limit or specialise on the head dimension.
+    """
+    start, offset = 0, 1
+    while offset or start < count:
+        stop = min(count, start + width - offset)
+        yield start, stop, offset
+        start, offset = stop, 0

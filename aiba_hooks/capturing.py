@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from aiba_hooks import compilation, fastpaths, interception, selectors
+from aiba_hooks import compilation, compiled, fastpaths, interception, selectors
 from aiba_hooks.backbone import Backbone, Conditioning, MethodCall, Segment, SiteCall, Step
 from aiba_hooks.calls import AttentionCall
+from aiba_hooks.checks import CheckLog
 from aiba_hooks.coverage import Audit, CoverageWarning, Uncovered, uncovered
 from aiba_hooks.differential import DifferentialCheck
 from aiba_hooks.errors import (
@@ -34,8 +34,9 @@ from aiba_hooks.maps import AttentionMaps
 from aiba_hooks.options import Options
 from aiba_hooks.plugins import manager
 from aiba_hooks.runs import Run, batch_of, observe_method, owner_of, seeds_of
+from aiba_hooks.serving import Serving
 from aiba_hooks.sites import Site, SourceWatch, calling_module, site_names
-from aiba_hooks.stores import Spans, Store, key_groups, size_text
+from aiba_hooks.stores import Columns, Spans, Store, key_groups, size_text
 from aiba_hooks.tagging import Tag, from_lengths, from_sources
 from aiba_hooks.words import check_words, distinct_words, merge_groups
 
@@ -126,6 +127,9 @@ def capture(
 class Capture:
     """A capture in progress. Made by :func:`capture`; enter it once."""
 
+    #: why this runs a compiled model eagerly, whatever the model; None if it need not
+    _uncompiled: str | None = None
+
     def __init__(self, target: Any, options: Options, backbone: Backbone | str | None) -> None:
         self.target = target
         self.options = options
@@ -133,6 +137,7 @@ class Capture:
         self.backbone: Backbone | None = None
 
         self.listening = False
+        self.serving: Serving | None = None
         self._entered = self._closed = False
         self._runs: list[Run] = []
         self._sites: dict[tuple[str, int], Site] = {}
@@ -140,8 +145,11 @@ class Capture:
         self._from_text: dict[tuple[int, str, int], Store] = {}
         self._segments: dict[tuple[str, int], Sequence[Segment]] = {}
         self._differential = DifferentialCheck()
-        self._checks: dict[tuple[str, int], tuple[Tensor, float]] = {}
-        self._row_sums: dict[tuple[str, int], Tensor] = {}
+        self._checks = CheckLog()
+        self._columns: dict[tuple[Any, ...], Columns] = {}
+        # (pipeline calls so far, site) → whether its calls are kept
+        self._chosen: dict[tuple[int, tuple[str, int]], bool] = {}
+        self._wanted: Spans = {}
         self._held = 0
         self._calls: list[MethodCall] = []
         self._forward_calls: dict[str, int] = {}
@@ -165,8 +173,8 @@ class Capture:
             raise TypeError(
                 f"the denoiser of {type(self.target).__name__} is no torch.nn.Module: {type(denoiser).__name__}"
             )
-        compiled = compilation.compiled_parts(self.target, denoiser)
-        denoiser = compilation.unwrap(denoiser)
+        given, denoiser = denoiser, compilation.unwrap(denoiser)
+        parts = compilation.compiled_parts(self.target, given)
         kernels: list[Kernel] = manager().collect("aiba_kernels")
         with ExitStack() as stack:
             self._denoiser = denoiser
@@ -175,16 +183,26 @@ class Capture:
             stack.callback(self._restore_late_imports, set(sys.modules))
             for key in interception.intercept(kernels, list(denoiser.modules()), self._adapters):
                 stack.callback(interception.PATCHES.release, key)
-            compiled += compilation.compiled_functions(denoiser)
-            if compiled:
-                compilation.warn(compiled, stacklevel=3)
-                stack.enter_context(compilation.force_eager())
+            parts += compilation.compiled_functions(denoiser)
+            if parts or (files := compilation.compiled_files(denoiser)):
+                refusal = self._uncompiled or compilation.refusal(self.target, given, denoiser, parts)
+                compilation.warn(parts or files, refusal, stacklevel=3)
+                if refusal is not None:
+                    stack.enter_context(compilation.force_eager())
+                else:
+                    self.serving = Serving(self, self._names)
+                    stack.callback(self.serving.close)
             self._watch = SourceWatch(denoiser)
             self._watch.on_read = self._differential.projection_read
             stack.callback(self._watch.close)
             self._audit = Audit(self._names)
             stack.callback(self._audit.stop)
-            for undo in fastpaths.watch_forward(denoiser, self._before_forward, self._after_forward):
+            watching = (
+                fastpaths.watch_forward(denoiser, self._before_forward, self._after_forward)
+                if self.serving is None
+                else self.serving.watch(given, denoiser)
+            )
+            for undo in watching:
                 stack.callback(undo)
             if self.backbone is None:
                 self._runs.append(Run())
@@ -198,7 +216,8 @@ class Capture:
                 for name in dict.fromkeys((*watched, self.backbone.ranking_method, "prepare_latents")):
                     if name is not None and owner_of(self.target, name) is not None:
                         stack.callback(interception.PATCHES.release, observe_method(self.target, name))
-            interception.ACTIVE.set((*interception.ACTIVE.get(), self))
+            before = () if self.serving is None else (self.serving,)
+            interception.ACTIVE.set((*interception.ACTIVE.get(), *before, self))
             stack.callback(self._deactivate)
             self._stack = stack.pop_all()
         return self
@@ -206,7 +225,7 @@ class Capture:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.listening = False
+        self._listen(False)
         self._stack.close()
         self._closed = True
         self._arguments = {}
@@ -216,7 +235,12 @@ class Capture:
             self._finish()
 
     def _deactivate(self) -> None:
-        interception.ACTIVE.set(tuple(c for c in interception.ACTIVE.get() if c is not self))
+        interception.ACTIVE.set(tuple(c for c in interception.ACTIVE.get() if c not in (self, self.serving)))
+
+    def _listen(self, listening: bool) -> None:
+        if listening is not self.listening:
+            self.listening = listening
+            compiled.listen(listening)
 
     def _restore_late_imports(self, known: set[str]) -> None:
         """Modules imported inside the block may have taken our interceptor by value: give them the original."""
@@ -282,21 +306,25 @@ class Capture:
             run.steps.append(self.backbone.step(self.target, self._arguments) if self.backbone is not None else Step())
             if self._step == 0:
                 run.select(self.options.steps, self.backbone.steps(self.target) if self.backbone is not None else None)
+        self._wanted = {b: span for b, span in self._branch_rows.items() if b in self.options.branches} or (
+            {} if self._branch_rows else {"": None}
+        )
         self._forward_calls = {}
         first = run is self._runs[0] and run.forwards == 0
         self._watch.enabled = first
         if first:
             self._audit.start()
-        self.listening = True
+        self._listen(True)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.listening or self not in interception.ACTIVE.get():
             return
-        self.listening = False
+        self._listen(False)
         run = self._runs[-1]
         run.forwards += 1
         self._watch.close()
         self._audit.stop()
+        self._checks.flush()
         self._arguments = {}
 
     def method_called(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:
@@ -343,17 +371,24 @@ class Capture:
         index = self._forward_calls.get(name, 0)
         self._forward_calls[name] = index + 1
         run = self._runs[-1]
+        key = (name, index)
         site = self._site(name, index, module, call, run)
         site.calls += 1
         if self._watch.enabled:
             self._differential.note(name, call)
-        if not self._wants(site) or not run.wants(self._step, self.options.steps):
+        chosen = self._chosen.get((len(self._runs), key))
+        if chosen is None:
+            chosen = self._chosen[len(self._runs), key] = self._wants(site)
+        if not chosen or not run.wants(self._step, self.options.steps):
             return None
-        return self._act(site, (name, index), call, run)
+        return self._act(site, key, call, run)
 
     def _act(self, site: Site, key: tuple[str, int], call: AttentionCall, run: Run) -> interception.Edited | None:
         """What is done with a call that was chosen."""
-        with torch.inference_mode(False), torch.no_grad():
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                self._keep_call(site, key, call.prepared(), run)
+        else:
             self._keep_call(site, key, call.prepared(), run)
         return None
 
@@ -438,9 +473,7 @@ class Capture:
 
     def _keep_call(self, site: Site, key: tuple[str, int], call: AttentionCall, run: Run) -> None:
         rows = self._rows(site, call, run)
-        wanted = {b: span for b, span in self._branch_rows.items() if b in self.options.branches} or (
-            {} if self._branch_rows else {"": None}
-        )
+        wanted = self._wanted
         if not wanted:
             if not site.captured:
                 known = ", ".join(self._branch_rows)
@@ -457,11 +490,14 @@ class Capture:
             )
         site.captured, site.reason = True, self.options.keep
         self._reserve(site, store, call, wanted, rows)
-        values, error, sums = store.ask(call, rows, run.conditioning)
-        self._note_check(key, call, error)
+        call, rows, wanted = _narrowed(call, rows, wanted)
+        values, check, sums = store.ask(call, rows, run.conditioning, self._checks)
+        if call.dropout == 0:  # else the model's own output is a random draw
+            self._checks.note(key, check)
+            self._checks.allowed[key] = call.allowed
         if sums is not None:
-            self._note_sums(key, sums)
-        if store.mode != "received":
+            self._checks.sums(key, sums)
+        if store.mode != "received" and store.queries != slice(None):
             values = values[..., store.queries, :]
         store.add(values, wanted, self._step)
         if store.segments is not None and store.mode == "pooled" and call.queries == call.keys:
@@ -489,6 +525,7 @@ class Capture:
 
     def _open_store(self, site: Site, key: tuple[str, int], call: AttentionCall, run: Run) -> Store:
         store = Store(site, self.options, mode=self.options.keep, segments=self._segments.get(key), keys=call.keys)
+        store.shared = self._columns
         queries = call.queries
         if store.segments is not None:
             start = 0
@@ -541,23 +578,6 @@ class Capture:
             )
         self._held += need
 
-    def _note_check(self, key: tuple[str, int], call: AttentionCall, error: Tensor) -> None:
-        if call.dropout > 0:
-            return  # the model's own output is a random draw
-        known = self._checks.get(key)
-        self._checks[key] = (error if known is None else torch.maximum(known[0], error), call.allowed)
-
-    def _note_sums(self, key: tuple[str, int], sums: Tensor) -> None:
-        """Smallest and largest row sum and the number of rows that have none, kept on the device."""
-        finite = torch.isfinite(sums)
-        low = torch.where(finite, sums, math.inf).amin()
-        high = torch.where(finite, sums, -math.inf).amax()
-        now = torch.stack([low, high, (~finite).sum().to(low.dtype)])
-        known = self._row_sums.get(key)
-        if known is not None:
-            now = torch.stack([torch.minimum(known[0], low), torch.maximum(known[1], high), known[2] + now[2]])
-        self._row_sums[key] = now
-
     # ---- results
 
     @property
@@ -602,7 +622,7 @@ class Capture:
         self.uncovered = uncovered(self._denoiser, names, self._audit.eager, self._watch.ran, self._names)
         worst = [
             (site.check / allowed, site, allowed)
-            for key, (_, allowed) in self._checks.items()
+            for key, allowed in self._checks.allowed.items()
             if (site := self._sites[key]).check is not None and site.check > allowed
         ]
         if worst:
@@ -620,12 +640,11 @@ class Capture:
         self._maps = self._build()
 
     def _read_back(self) -> None:
-        for key, (error, _) in self._checks.items():
-            self._sites[key].check = float(error)
-        for key, sums in self._row_sums.items():
-            low, high, broken = (float(value) for value in sums)
+        for key, error in self._checks.errors():
+            self._sites[key].check = error
+        for key, (low, high), broken in self._checks.row_sums():
             self._sites[key].row_sum = (low, high) if low <= high else None
-            self._sites[key].nonfinite = int(broken)
+            self._sites[key].nonfinite = broken
         for site in self.sites:
             if not site.captured and not site.reason:
                 site.reason = f"no call at the chosen steps={self.options.steps}"
@@ -700,3 +719,14 @@ class Capture:
     def held_bytes(self) -> int:
         """Bytes of attention kept, as counted against ``budget``."""
         return self._held
+
+
+def _narrowed(call: AttentionCall, rows: int, wanted: Spans) -> tuple[AttentionCall, int, Spans]:
+    """The call of the only branch that is wanted, where its rows of the batch stand alone: half of what guidance costs."""
+    if len(wanted) != 1 or call.narrow is None:
+        return call, rows, wanted
+    ((branch, span),) = wanted.items()
+    if span is None or span[1] - span[0] == rows:
+        return call, rows, wanted
+    repeat = call.query.shape[0] // rows
+    return call.narrow(span[0] * repeat, span[1] * repeat), span[1] - span[0], {branch: None}

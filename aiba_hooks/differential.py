@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aiba_hooks.calls import AttentionCall, deviation
+from aiba_hooks.calls import AttentionCall
+from aiba_hooks.checks import deviation
 from aiba_hooks.errors import CheckColumnError
 
 

@@ -22,25 +22,47 @@ _Undo = Callable[[], Any]
 def watch_forward(root: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[_Undo]:
     """Call ``before(module, args, kwargs)`` and ``after(module, args, output)`` around every forward of ``root``, also if it
     fails, on whichever path torch takes by itself. Yields what undoes each step."""
+    kinds = {type(module) for module in modules_of(root)}
     for cls in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder):
-        if any(isinstance(module, cls) for module in root.modules()):
+        if any(issubclass(kind, cls) for kind in kinds):
             key = PATCHES.acquire(cls, "forward", cls.forward, _look_away(cls.forward))
             yield functools.partial(PATCHES.release, key)
     if id(root) not in without_hooks(root):
         yield root.register_forward_pre_hook(before, with_kwargs=True).remove
         yield root.register_forward_hook(after, always_call=True).remove
         return
+    yield from watch_method(root, "forward", root, before, after)
+
+
+def watch_method(
+    owner: nn.Module, name: str, root: nn.Module, before: Callable[..., Any], after: Callable[..., Any]
+) -> Iterator[_Undo]:
+    """Call ``before(root, args, kwargs)`` and ``after(root, args, output)`` around ``owner.name(...)``, also if it fails.
+    Yields what undoes each step."""
     observer = (before, after)
-    key = PATCHES.acquire(root, "forward", root.forward, _observed(root))
-    observers = vars(root)["forward"].observers  # another capture's may be installed already
+    function = getattr(owner, name)
+    key = PATCHES.acquire(owner, name, function, _observed(function, root))
+    observers = vars(owner)[name].observers  # another capture's may be installed already
     observers.append(observer)
     yield functools.partial(PATCHES.release, key)
     yield functools.partial(observers.remove, observer)
 
 
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """``list(root.modules())``, in its order; a large model is entered faster without the names that torch spells out."""
+    found: dict[int, nn.Module] = {}
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return list(found.values())
+
+
 def without_hooks(root: nn.Module) -> set[int]:
     """Ids of the modules below ``root`` that must have no hooks."""
-    layers = (m for m in root.modules() if isinstance(m, nn.TransformerEncoderLayer) and _is_torchs(m))
+    layers = (m for m in modules_of(root) if isinstance(m, nn.TransformerEncoderLayer) and _is_torchs(m))
     return {id(module) for layer in layers for module in layer.modules()}
 
 
@@ -63,8 +85,8 @@ def _look_away(forward: Callable[..., Any]) -> Callable[..., Any]:
     return unwatched_forward
 
 
-def _observed(root: nn.Module) -> Callable[..., Any]:
-    forward, observers = root.forward, []  # type: ignore[var-annotated]
+def _observed(forward: Callable[..., Any], root: nn.Module) -> Callable[..., Any]:
+    observers: list[Any] = []
 
     @functools.wraps(forward)
     def observed(*args: Any, **kwargs: Any) -> Any:

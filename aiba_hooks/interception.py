@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+
+from aiba_hooks import compiled
 
 if TYPE_CHECKING:
     from aiba_hooks.kernel import Kernel
@@ -44,13 +47,37 @@ class Edited:
 
 #: the captures of this context, outermost first
 ACTIVE: ContextVar[tuple[Any, ...]] = ContextVar("aiba_active", default=())
-#: True while an interceptor runs: a registry or dispatcher that reaches SDPA is seen once, by the outermost
-_BUSY: ContextVar[bool] = ContextVar("aiba_busy", default=False)
+#: set while an interceptor runs: a registry or dispatcher that reaches SDPA is seen once, by the outermost. While the model's
+#: own call runs, it collects the kernels that this call reaches, as (function, args, kwargs); then it is a tuple of them
+_BUSY: ContextVar[list[Any] | tuple[Any, ...] | None] = ContextVar("aiba_busy", default=None)
 
 
 def intercepting() -> bool:
     """True inside an intercepted kernel: what runs now is the kernel's own, or an ask."""
-    return _BUSY.get()
+    return _BUSY.get() is not None
+
+
+def listeners() -> list[Any]:
+    """Who is told of a call made here and now, outermost first; none inside an intercepted kernel."""
+    if _BUSY.get() is not None:
+        return []
+    return [listener for listener in ACTIVE.get() if listener.listening]
+
+
+def reached() -> tuple[Any, ...]:
+    """Inside ``observe``: intercepted kernels that the model's own call went on to, as (function, args, kwargs)."""
+    return tuple(_BUSY.get() or ())
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """What runs inside is not told to anyone."""
+    token = _BUSY.set(())
+    try:
+        with unwatched():
+            yield
+    finally:
+        _BUSY.reset(token)
 
 
 class Watcher(TorchFunctionMode):
@@ -138,18 +165,29 @@ def wrapper_of(original: Callable[..., Any]) -> Callable[..., Any]:
     if known is not None and known[0] is original:
         return known[1]
 
+    sdpa = compiled.is_sdpa(original)
+
     @functools.wraps(original)
     def intercepted(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return compiled.traced(original, sdpa, args, kwargs)
         active = ACTIVE.get()
-        if not active or _BUSY.get():
+        if not active:
+            return original(*args, **kwargs)
+        busy = _BUSY.get()
+        if busy is not None:
+            if type(busy) is list:
+                busy.append((original, args, kwargs))
             return original(*args, **kwargs)
         listeners = [listener for listener in active if listener.listening]
         if not listeners:
             return original(*args, **kwargs)
-        token = _BUSY.set(True)
+        collected: list[Any] = []
+        token = _BUSY.set(collected)
         try:
             with unwatched():  # compiled kernels are compiled anew under a mode
                 output = original(*args, **kwargs)
+                _BUSY.set(tuple(collected))
                 # everyone sees the model's own output; what edits change is added up
                 made = []
                 for listener in listeners:
@@ -186,7 +224,8 @@ def importers(functions: Iterable[Any], modules: Iterable[ModuleType]) -> Iterat
     wanted = {id(function): function for function in functions}
     for module in modules:
         names = getattr(module, "__dict__", None)
-        if not isinstance(names, dict):
+        # looked through at once: there are a hundred thousand names, and next to none of them is wanted
+        if not isinstance(names, dict) or wanted.keys().isdisjoint(map(id, list(names.values()))):
             continue
         for name, value in list(names.items()):
             if id(value) in wanted:
@@ -198,9 +237,8 @@ def attributes(functions: Iterable[Any], modules: Iterable[Any]) -> Iterator[tup
     wanted = {id(function): function for function in functions}
     classes: dict[type, None] = {}
     for module in modules:
-        for name, value in vars(module).items():
-            if id(value) in wanted:
-                yield module, name, value
+        if not wanted.keys().isdisjoint(map(id, vars(module).values())):
+            yield from ((module, name, value) for name, value in vars(module).items() if id(value) in wanted)
         classes.update(dict.fromkeys(type(module).__mro__))
     for cls in classes:
         for name, value in vars(cls).items():

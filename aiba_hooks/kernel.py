@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,10 +62,35 @@ class Kernel:
 
     def bind(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Bind a call by signature: callers pass anything by position or by keyword."""
-        signature = self.signature or self._signature(function)
-        bound = signature.bind(*args, **kwargs)
+        names, positional, defaults = self._parameters(function)
+        # Signature.bind costs as much as a kernel's launch; what is unusual is left to it
+        if len(args) + len(kwargs) > 0 and len(args) <= positional and names.keys() >= kwargs.keys():
+            given = dict(zip(names, args, strict=False))
+            if given.keys().isdisjoint(kwargs):
+                arguments = {**names, **defaults, **given, **kwargs}
+                if len(defaults.keys() | given.keys() | kwargs.keys()) == len(names):
+                    return arguments
+        bound = (self.signature or self._signature(function)).bind(*args, **kwargs)
         bound.apply_defaults()
         return dict(bound.arguments)
+
+    def _parameters(self, function: Callable[..., Any]) -> tuple[dict[str, Any], int, dict[str, Any]]:
+        """Names of the parameters, how many of them may be given by position, and the defaults. No names where the function
+        takes any number of arguments, or some by position only."""
+        found = self._tables.get(function)
+        if found is None:
+            parameters = (self.signature or self._signature(function)).parameters
+            kinds = [parameter.kind for parameter in parameters.values()]
+            found = {}, 0, {}
+            if all(kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY) for kind in kinds):
+                defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+                found = dict.fromkeys(parameters), kinds.count(Parameter.POSITIONAL_OR_KEYWORD), defaults
+            self._tables[function] = found
+        return found
+
+    @cached_property
+    def _tables(self) -> dict[Any, tuple[dict[str, Any], int, dict[str, Any]]]:
+        return {}
 
     @cached_property
     def _signatures(self) -> dict[Any, inspect.Signature]:

@@ -13,6 +13,7 @@ from aiba_hooks.errors import DegeneratePooling
 
 if TYPE_CHECKING:
     from aiba_hooks.calls import AttentionCall
+    from aiba_hooks.checks import Check
 
 #: poolings that are one column each, because they are linear in the probabilities
 LINEAR = ("sum", "mean", "weighted")
@@ -69,13 +70,13 @@ def pool_nonlinear(
     names: Sequence[str],
     pooling: str,
     reduce: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Check]:
     """Max (Eq. 5) or log-mean over each group's keys, from single keys asked a few at a time.
 
     Returns
     -------
     pooled : [batch, ..., Tq, groups] float32, heads as ``reduce`` leaves them; groups in parentheses are sums
-    error : [] of the check column
+    check : of the call
     """
     device = call.value.device
     member = torch.zeros(len(rows), call.keys, len(names), dtype=torch.bool)
@@ -85,9 +86,9 @@ def pool_nonlinear(
     member = member.to(device)
     summed = torch.tensor([name.startswith("(") for name in names], device=device)
     result: Tensor | None = None
-    error: Tensor | None = None
-    for positions, answer, chunk_error in call.ask_keys():
-        error = chunk_error if error is None else error
+    check: Check | None = None
+    for positions, answer, found in call.single_keys():
+        check = found or check
         rates = reduce(answer).float()  # [batch, (heads), Tq, m]
         inside = member[:, positions]  # [batch, m, groups]
         inside = inside.reshape(inside.shape[0], *(1,) * (rates.ndim - 2), *inside.shape[1:])
@@ -102,12 +103,12 @@ def pool_nonlinear(
             logs = torch.where(inside, rates[..., None].clamp_min(LOG_FLOOR).log(), 0.0).sum(-2)
             result = result + torch.where(summed, total, logs)
     assert result is not None
-    assert error is not None
+    assert check is not None
     if pooling == "logmean":
         counts = member.sum(1).clamp_min(1)  # [batch, groups]
         counts = torch.where(summed, torch.ones_like(counts), counts)
         result = result / counts.reshape(counts.shape[0], *(1,) * (result.ndim - 2), counts.shape[-1])
-    return result, error
+    return result, check
 
 
 def means(rows: Sequence[Mapping[str, Sequence[int]]], names: Sequence[str], length: int) -> Tensor:
@@ -120,27 +121,28 @@ def means(rows: Sequence[Mapping[str, Sequence[int]]], names: Sequence[str], len
     return weights
 
 
-def received(call: AttentionCall, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def received(call: AttentionCall, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Check]:
     """Attention that each key receives: the mean over queries of its column, [batch, (heads), Tk] float32."""
     return _by_keys(call, lambda answer: reduce(answer).float().mean(-2))
 
 
-def every_key(call: AttentionCall, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def every_key(call: AttentionCall, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Check]:
     """Every probability, [batch, (heads), Tq, Tk] as ``reduce`` leaves it."""
     return _by_keys(call, reduce)
 
 
-def largest(call: AttentionCall, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def largest(call: AttentionCall, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Check]:
     """The largest probability over all keys (Eq. 5), [batch, (heads), Tq, 1]."""
-    tops, error = _by_keys(call, lambda answer: reduce(answer).amax(-1, keepdim=True))
-    return tops.amax(-1, keepdim=True), error
+    tops, check = _by_keys(call, lambda answer: reduce(answer).amax(-1, keepdim=True))
+    return tops.amax(-1, keepdim=True), check
 
 
-def _by_keys(call: AttentionCall, part_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The parts of an answer to every key, a few keys at a time, along the last axis; and the first check error."""
-    parts, error = [], None
-    for _, answer, chunk_error in call.ask_keys():
-        error = chunk_error if error is None else error
+def _by_keys(call: AttentionCall, part_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Check]:
+    """The parts of an answer to every key, a few keys at a time, along the last axis; and the check."""
+    parts: list[Tensor] = []
+    check: Check | None = None
+    for _, answer, found in call.single_keys():
+        check = found or check
         parts.append(part_of(answer))
-    assert error is not None
-    return torch.cat(parts, -1), error
+    assert check is not None
+    return torch.cat(parts, -1), check

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aiba_hooks.fastpaths import without_hooks
+from aiba_hooks.fastpaths import modules_of, without_hooks
 from aiba_hooks.tagging import Source, Tag
 
 #: path components that wrappers insert and that say nothing about the model
@@ -136,8 +136,10 @@ class SourceWatch:
         unhooked = without_hooks(root)
         self._handles = [
             module.register_forward_hook(self._hook)
-            for module in root.modules()
-            if id(module) not in unhooked and not any(True for _ in module.children()) and _is_projection(module)
+            for module in modules_of(root)
+            if id(module) not in unhooked
+            and all(child is None for child in module._modules.values())
+            and _is_projection(module)
         ]
         self.enabled = False
         #: told of every projection that ran, with what it read: ``(module, input)``

@@ -9,15 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aiba_hooks import selectors
+from aiba_hooks import dense, fused, selectors
 from aiba_hooks.backbone import Conditioning, Segment
 from aiba_hooks.calls import AttentionCall
+from aiba_hooks.checks import Check, CheckLog
 from aiba_hooks.errors import BackboneMismatch
 from aiba_hooks.options import Options
 from aiba_hooks.sites import Site
 
 #: branch → its rows of the denoiser's batch, None for all of them
 Spans = Mapping[str, tuple[int, int] | None]
+
+
+class Columns:
+    """Selector columns, and the values that were made of them for the kernel; shared by all sites that pool alike.
+
+    Attributes
+    ----------
+    selector : [rows, Tk, groups + 1] float32, the last column a sum over every key
+    """
+
+    def __init__(self, selector: Tensor) -> None:
+        self.selector = selector
+        self._templates: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def templates(self, call: AttentionCall) -> list[Tensor]:
+        """Those laid out as the call's values; empty the first time."""
+        value = call.value
+        return self._templates.setdefault((value.shape, value.stride(), value.dtype, value.device), [])
 
 
 @dataclass
@@ -32,9 +51,13 @@ class Store:
     segments : how the keys are made up where text and audio share them
     keys : Tk
     names, groups : columns, and per prompt the key positions of each
+    selector, words : of a "from_text" store: weights of the queries [rows, Tq, groups], and from where to where they are
+    columns : what is asked of a "pooled" one
     values : (step, branch) → [rows, (heads), ...]
     sums, weight : branch → running weighted sum over steps, and the sum of its weights
     seen : steps that are kept
+    fused : when the fused kernel pools, see ``fused.py``
+    shared : columns of the capture's sites, by what they select
     """
 
     site: Site
@@ -47,17 +70,30 @@ class Store:
     names: list[str] = field(default_factory=list)
     groups: list[dict[str, list[int]]] = field(default_factory=list)
     selector: Tensor | None = None
+    words: slice = field(default_factory=lambda: slice(0, 0))
+    columns: Columns | None = None
     branches: list[str] = field(default_factory=list)
     values: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     weight: dict[str, float] = field(default_factory=dict)
     seen: list[int] = field(default_factory=list)
+    fused: str = field(default_factory=fused.choice)
+    shared: dict[tuple[Any, ...], Columns] = field(default_factory=dict)
 
     def from_text(self) -> Store:
         """A store beside a joint site's word maps: what the words' own queries attend to in the audio."""
         names = [name for name in self.names if name != "(audio)"]
         return replace(
-            self, mode="from_text", names=names, selector=None, branches=[], values={}, sums={}, weight={}, seen=[]
+            self,
+            mode="from_text",
+            names=names,
+            selector=None,
+            columns=None,
+            branches=[],
+            values={},
+            sums={},
+            weight={},
+            seen=[],
         )
 
     def bytes_for(self, call: AttentionCall, wanted: Spans, rows: int) -> int:
@@ -108,42 +144,85 @@ class Store:
     # ---- asking
 
     def ask(
-        self, call: AttentionCall, rows: int, conditioning: Conditioning | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(values, check error, row sums)``; values [rows, (heads), Tq, columns], or [rows, (heads), Tk] received."""
+        self, call: AttentionCall, rows: int, conditioning: Conditioning | None, log: CheckLog
+    ) -> tuple[Tensor, Check, Tensor | None]:
+        """``(values, check, row sums)``; values [rows, (heads), Tq, columns], or [rows, (heads), Tk] received."""
+        if fused.serves(call, self.fused) and call.query.shape[0] == rows:
+            try:
+                made = self._ask_fused(call, rows, conditioning, log)
+            except Exception as error:
+                fused.gave_up(error, self.fused)
+            else:
+                if made is not None:
+                    return made
 
         def heads(answer: Tensor) -> Tensor:
             return self._heads(answer, rows)
 
+        mean = self.options.heads == "mean"
+        # one pass over all keys instead of many asks; a kernel called with heads in the batch does not say which are one row's
+        known = call.known and call.query.shape[0] == rows and call.asks > 1
         if self.mode == "received":
-            received, error = selectors.received(call, heads)
-            return received, error, None
+            return *(dense.received(call, mean) if known else selectors.received(call, heads)), None
         if self.mode == "max":
-            best, error = selectors.largest(call, heads)
-            return best, error, None
+            return *(dense.largest(call, mean) if known else selectors.largest(call, heads)), None
         if self.mode == "full":
-            full, error = selectors.every_key(call, heads)
-            return full, error, full.sum(-1)
+            full, check = dense.every_key(call, mean) if known else selectors.every_key(call, heads)
+            return full, check, full.sum(-1)
         assert conditioning is not None
         pooling = self.options.pooling
         if pooling in selectors.LINEAR:
-            if self.selector is None or self.selector.shape[0] != call.value.shape[0]:
-                per_row = self.row_groups(conditioning, rows, call.value.shape[0] // rows)
-                selector = selectors.columns(per_row, self.names, call.keys, pooling, self.options.relevance)
+            columns = self._columns(call, rows, conditioning)
+            if known and columns.selector.shape[-1] >= call.value.shape[-1]:  # more than one ask
+                pooled, check = dense.pool(call, columns.selector, mean)
+            else:
+                pooled, check = call.pool(columns.selector, heads, columns.templates(call))
+            return pooled[..., :-1], check, pooled[..., -1]
+        per_row = self.row_groups(conditioning, rows, 1)
+        pooled, check = selectors.pool_nonlinear(call, per_row, self.names, pooling, heads)
+        return pooled, check, None
+
+    def _ask_fused(
+        self, call: AttentionCall, rows: int, conditioning: Conditioning | None, log: CheckLog
+    ) -> tuple[Tensor, Check, Tensor | None] | None:
+        """The same by the fused kernel; None for what it does not do."""
+        mean, device = self.options.heads == "mean", call.query.device
+        if self.mode == "received":
+            return *fused.received(call, mean, log.slot(device)), None
+        if self.mode != "pooled" or self.options.pooling not in selectors.LINEAR:
+            return None
+        assert conditioning is not None
+        columns = self._columns(call, rows, conditioning)
+        pooled, check = fused.pool(call, columns.selector, mean, log.slot(device))
+        return pooled[..., :-1], check, pooled[..., -1]
+
+    def _columns(self, call: AttentionCall, rows: int, conditioning: Conditioning) -> Columns:
+        batch = call.value.shape[0]
+        if self.columns is None or self.columns.selector.shape[0] != batch:
+            device = call.value.device
+            key = (repr(self.groups), tuple(self.names), call.keys, rows, batch, conditioning.waveforms, device)
+            if key not in self.shared:
+                per_row = self.row_groups(conditioning, rows, batch // rows)
+                relevance = self.options.relevance
+                selector = selectors.columns(per_row, self.names, call.keys, self.options.pooling, relevance)
                 # one more column sums every key
                 selector = torch.cat([selector, torch.ones_like(selector[..., :1])], -1)
-                self.selector = selector.to(call.value.device)
-            pooled, error = call.ask(self.selector, heads)
-            return pooled[..., :-1].contiguous(), error, pooled[..., -1]
-        per_row = self.row_groups(conditioning, rows, 1)
-        pooled, error = selectors.pool_nonlinear(call, per_row, self.names, pooling, heads)
-        return pooled, error, None
+                self.shared[key] = Columns(selector.to(device))
+            self.columns = self.shared[key]
+        return self.columns
 
     def ask_from_text(self, call: AttentionCall, rows: int, conditioning: Conditioning) -> Tensor:
         """[rows, (heads), audio keys, groups]: the mean over a word's queries of their probabilities of each audio key."""
+        if self.selector is None or self.selector.shape[0] != rows:
+            per_row = self.row_groups(conditioning, rows, 1)
+            weights = selectors.means(per_row, self.names, call.keys)
+            used = [position for groups in per_row for name in self.names for position in groups.get(name, ())]
+            self.words = slice(min(used, default=0), max(used, default=-1) + 1)
+            self.selector = weights.to(call.value.device)
+        weights = self.selector
+        if call.known and call.query.shape[0] == rows:
+            return dense.from_queries(call, weights, self.words, self.options.heads == "mean")[..., self.queries, :]
         audio = torch.arange(call.keys, device=call.value.device)[self.queries]
-        per_row = self.row_groups(conditioning, rows, 1)
-        weights = selectors.means(per_row, self.names, call.keys).to(call.value.device)
         parts = [
             torch.einsum("r...qk,rqg->r...kg", self._heads(answer, rows), weights)
             for _, answer, _ in call.ask_keys(audio)
@@ -154,7 +233,9 @@ class Store:
         """An answer as [rows, (heads), Tq, columns] float32."""
         if answer.shape[0] != rows:  # heads folded into the batch
             answer = answer.reshape(rows, -1, *answer.shape[-2:])
-        return answer.float().mean(1) if self.options.heads == "mean" else answer.float()
+        if self.options.heads != "mean":
+            return answer.float()
+        return answer.mean(1, dtype=torch.float64 if answer.dtype == torch.float64 else torch.float32).float()
 
     def row_groups(self, conditioning: Conditioning, rows: int, repeat: int) -> list[dict[str, list[int]]]:
         """Groups of every kernel row: prompts by waveforms, the same positions in every branch, heads in the batch last."""

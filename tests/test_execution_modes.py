@@ -1,10 +1,8 @@
-"""Compiled, checkpointed, offloaded, autocast and low-precision models; coverage of what no adapter caught."""
+"""Checkpointed, offloaded, autocast and low-precision models; coverage of what no adapter caught."""
 
 from __future__ import annotations
 
 import gc
-import sys
-import types
 import warnings
 
 import numpy as np
@@ -15,7 +13,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from aiba_hooks import NothingCaptured, capture
-from aiba_hooks.compilation import CompiledModelWarning
 from aiba_hooks.coverage import CoverageWarning
 from tests.conftest import generate
 from tests.test_values import Attention
@@ -43,98 +40,10 @@ def inputs():
     return torch.randn(2, 6, 32, generator=generator), torch.randn(2, 5, 32, generator=generator)
 
 
-# ---- 7. compiled models
-
-
-@pytest.fixture
-def stance():
-    torch._dynamo.reset()
-    yield lambda: torch._dynamo.eval_frame._stance.stance
-    assert torch._dynamo.eval_frame._stance.stance == "default"
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("how", ["torch.compile(m)", "m.compile()", "a submodule", "m.forward"])
-def test_a_compiled_module_is_captured_and_compiled_again_afterwards(block, inputs, stance, how):
-    with torch.no_grad(), capture(block, keep="full") as eager:
-        expected = block(*inputs)
-    target = block
-    if how == "torch.compile(m)":
-        target = torch.compile(block, backend="eager")
-    elif how == "m.compile()":
-        block.compile(backend="eager")
-    elif how == "a submodule":
-        block.attn.compile(backend="eager")
-    else:
-        block.forward = torch.compile(block.forward, backend="eager")
-    with torch.no_grad():
-        target(*inputs)
-        with pytest.warns(CompiledModelWarning, match="runs eagerly"), capture(target, keep="full") as cap:
-            assert stance() == "force_eager"
-            output = target(*inputs)
-        assert stance() == "default"
-        target(*inputs)
-    assert list(cap.maps) == ["attn"]  # no _orig_mod in the name
-    assert torch.equal(output, expected)
-    np.testing.assert_array_equal(cap.maps["attn"], eager.maps["attn"])
-
-
-def test_the_stance_is_counted_over_nested_captures(block, inputs, stance):
-    block.compile(backend="eager")
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", CompiledModelWarning)
-        with capture(block, keep="full") as outer:
-            with capture(block, keep="full") as inner:
-                block(*inputs)
-            assert stance() == "force_eager"
-            block(*inputs)
-        assert stance() == "default"
-    assert (inner.maps["attn"].sizes["call"], outer.maps["attn"].sizes["call"]) == (1, 2)
-
-
-def test_a_compiled_pipeline_is_captured(shared_pipe, stance):
-    original = shared_pipe.unet
-    with capture(shared_pipe, words=["bass"]) as eager:
-        generate(shared_pipe, "a bass", steps=1)
-    try:
-        shared_pipe.unet = torch.compile(original, backend="eager")
-        with pytest.warns(CompiledModelWarning), capture(shared_pipe, words=["bass"]) as cap:
-            generate(shared_pipe, "a bass", steps=1)
-    finally:
-        shared_pipe.unet = original
-    assert list(cap.maps) == list(eager.maps)
-    for name, array in cap.maps.items():
-        np.testing.assert_array_equal(array, eager.maps[name])
-
-
-def test_a_compiled_function_that_a_models_file_calls_runs_eagerly_too(inputs, stance):
-    """fullgraph=True would refuse to trace the interceptor; without it the call would be compiled away."""
-    file = types.ModuleType("a_models_file")
-    file.attend = torch.compile(
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v), backend="eager", fullgraph=True
-    )
-    sys.modules[file.__name__] = file
-    try:
-
-        class Model(Attention):
-            def forward(self, x, context):
-                return file.attend(self.to_q(x)[:, None], self.to_k(context)[:, None], self.to_v(context)[:, None])
-
-        Model.__module__ = file.__name__
-        model = Model().eval()
-        with torch.no_grad():
-            model(*inputs)
-            with pytest.warns(CompiledModelWarning, match=r"a_models_file\.attend"), capture(model, keep="full") as cap:
-                model(*inputs)
-        assert cap.maps[""].sizes == {"call": 1, "batch": 2, "query": 6, "key": 5}
-    finally:
-        del sys.modules[file.__name__]
-
-
-def test_an_eager_model_leaves_the_stance_alone(block, inputs, stance):
+def test_an_eager_model_leaves_the_stance_of_the_compiler_alone(block, inputs):
     with torch.no_grad(), capture(block, keep="full"):
         block(*inputs)
-        assert stance() == "default"
+        assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 # ---- training, checkpointing, precision

@@ -70,6 +70,8 @@ def intervene(
 class Intervention(Capture):
     """An edit in progress. Made by :func:`intervene`; enter it once. Captures inside or around it see the edited model."""
 
+    _uncompiled = "an edit changes outputs, which compiled code has no place for"
+
     def __init__(
         self,
         target: Any,

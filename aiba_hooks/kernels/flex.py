@@ -88,6 +88,10 @@ class FlexAttention(Kernel):
         )
 
 
+#: exact types of what may wrap a function
+_WRAPS = {staticmethod, functools.partial, FunctionType}
+
+
 def _wrapping(modules: Sequence[Any]) -> list[Any]:
     """Functions that wrap another, and partials, among globals of imported modules and attributes of the target's modules."""
     loaded = [module for name, module in list(sys.modules.items()) if not name.startswith("torch.")]
@@ -95,7 +99,7 @@ def _wrapping(modules: Sequence[Any]) -> list[Any]:
     spaces += [vars(cls) for cls in {cls for module in modules for cls in type(module).__mro__}]
     found = []
     for space in spaces:
-        for value in list(space.values()):
+        for value in [value for value in list(space.values()) if type(value) in _WRAPS]:
             kind = type(value)
             if kind is staticmethod:
                 value, kind = value.__func__, type(value.__func__)

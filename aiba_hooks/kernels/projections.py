@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aiba_hooks.calls import AttentionCall, deviation
+from aiba_hooks.calls import AttentionCall
+from aiba_hooks.checks import deviation
 from aiba_hooks.interception import original_of
 from aiba_hooks.tagging import Tag
 

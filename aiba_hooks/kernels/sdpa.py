@@ -30,11 +30,14 @@ class ScaledDotProductAttention(Kernel):
     )
 
     def read(self, function: Callable[..., Any], arguments: Mapping[str, Any], output: Any) -> AttentionCall | None:
-        from aiba_hooks.calls import AttentionCall
-
         query, key, value = arguments["query"], arguments["key"], arguments["value"]
         options = {name: arguments[name] for name in _OPTIONAL}
         options["dropout_p"] = 0.0  # asking with dropout would move the generator, and so the model
+        dropout = float(arguments["dropout_p"])
+        if query.ndim == key.ndim == value.ndim == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
+            return _batched(function, (query, key, value, output), options, dropout)
+        from aiba_hooks.calls import AttentionCall
+
         leading = value.shape[:-2]
 
         def again(values: Tensor) -> Tensor:
@@ -47,9 +50,48 @@ class ScaledDotProductAttention(Kernel):
             value=_to_four(value),
             output=_to_four(output),
             again=again,
-            dropout=float(arguments["dropout_p"]),
+            dropout=dropout,
             restore=lambda edited: edited.reshape(output.shape),
         )
+
+
+def _batched(
+    function: Callable[..., Any],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    options: Mapping[str, Any],
+    dropout: float,
+) -> AttentionCall:
+    """A call of four axes, the usual one: its formula is known, and its rows of the batch stand alone."""
+    from aiba_hooks.calls import AttentionCall
+    from aiba_hooks.dense import Softmax
+
+    query, key, value, output = tensors
+    mask, scale = options["attn_mask"], options["scale"]
+    plain = not any(tensor.is_nested for tensor in tensors) and (mask is None or mask.ndim <= 4)
+    formula = None
+    if plain and query.shape[1] % key.shape[1] == 0 and value.shape[1] == key.shape[1]:
+        four = None if mask is None else mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
+        formula = Softmax(four, bool(options["is_causal"]), query.shape[3] ** -0.5 if scale is None else scale)
+
+    def narrow(start: int, stop: int) -> AttentionCall:
+        rows = slice(start, stop)
+        some = options
+        if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
+            some = {**options, "attn_mask": mask[rows]}
+        return _batched(function, (query[rows], key[rows], value[rows], output[rows]), some, dropout)
+
+    return AttentionCall(
+        kernel=ScaledDotProductAttention.name,
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        again=lambda values: function(query, key, values, **options),
+        dropout=dropout,
+        restore=lambda edited: edited,
+        formula=formula,
+        narrow=narrow if plain else None,
+    )
 
 
 def _to_four(tensor: Tensor) -> Tensor:

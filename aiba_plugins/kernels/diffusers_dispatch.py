@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from aiba_hooks.calls import AttentionCall
 
+#: backends that are torch's SDPA
+_SDPA = {"native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"}
+
 
 class DispatchedAttention(Kernel):
     """The dispatcher of diffusers' newer models. The kernel's name says which backend ran: ``diffusers:native``."""
@@ -29,6 +32,7 @@ class DispatchedAttention(Kernel):
 
     def read(self, function: Callable[..., Any], arguments: Mapping[str, Any], output: Any) -> AttentionCall | None:
         from aiba_hooks.calls import AttentionCall
+        from aiba_hooks.dense import Softmax
 
         backend = _backend(function, arguments)
         name = f"{self.name}:{backend}"
@@ -48,6 +52,22 @@ class DispatchedAttention(Kernel):
             )
             return first(answer).transpose(1, 2)
 
+        query, key, mask = arguments["query"], arguments["key"], arguments.get("attn_mask")
+        plain = backend in _SDPA and not options and (mask is None or mask.ndim == 4)
+        formula = None
+        if plain and query.shape[2] % key.shape[2] == 0:
+            scale = arguments.get("scale")
+            scale = query.shape[3] ** -0.5 if scale is None else scale
+            formula = Softmax(mask, bool(arguments.get("is_causal")), scale)
+
+        def narrow(start: int, stop: int) -> AttentionCall:
+            rows = slice(start, stop)
+            some = {side: arguments[side][rows] for side in ("query", "key", "value")}
+            some["attn_mask"] = mask[rows] if mask is not None and mask.shape[0] > 1 else mask
+            made = self.read(function, {**arguments, **some}, first(output)[rows])
+            assert made is not None
+            return made
+
         return AttentionCall(
             kernel=name,
             query=arguments["query"].transpose(1, 2),
@@ -58,6 +78,8 @@ class DispatchedAttention(Kernel):
             dropout=float(dropout),
             tolerance=sage_attention.TOLERANCE if "sage" in backend else None,
             restore=lambda edited: like(output, edited.transpose(1, 2)),
+            formula=formula,
+            narrow=narrow if plain else None,
         )
 
 
