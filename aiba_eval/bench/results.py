@@ -99,6 +99,21 @@ HEADINGS = (
 )
 
 
+#: what these are called in code
+COLUMNS = (
+    "name",
+    "forward",
+    "ratio",
+    "processor_ratio",
+    "whole",
+    "whole_ratio",
+    "enter",
+    "peak",
+    "held",
+    "maps",
+)
+
+
 def cells(race: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     """One contestant's row of the table, as text."""
     name = row["contestant"]
@@ -113,21 +128,26 @@ def cells(race: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     own = name == "bare"
     return [
         name,
-        _milliseconds(row["forward"]),
+        _with_half(row["forward"]),
         "1" if own else _ratio(row["forward_ratio"]),
         "1" if own else _ratio(row["forward_processor_ratio"]),
-        f"{1e3 * row['whole']['median']:.4g} ms",
+        duration(row["whole"]["median"]),
         "1" if own else _ratio(row["whole_ratio"]),
-        "" if own else f"{1e3 * row['enter']['median']:.1f} ms",
+        "" if own else duration(row["enter"]["median"]),
         peak,
         held,
         "" if own else size(row["maps"]),
     ]
 
 
-def _milliseconds(found: Mapping[str, float]) -> str:
-    half = (found["high"] - found["low"]) / 2
-    return f"{1e3 * found['median']:.4g} ± {1e3 * half:.2g} ms"
+def duration(seconds: float, digits: int = 3) -> str:
+    """Seconds as a person reads them."""
+    value, unit = (seconds, "s") if abs(seconds) >= 1 else (1e3 * seconds, "ms")
+    return f"{value:.0f} {unit}" if abs(value) >= 10**digits else f"{value:.{digits}g} {unit}"
+
+
+def _with_half(found: Mapping[str, float]) -> str:
+    return f"{duration(found['median'])} ± {duration((found['high'] - found['low']) / 2, 2)}"
 
 
 def _ratio(found: Mapping[str, float]) -> str:
@@ -174,9 +194,20 @@ def on_what(document: Mapping[str, Any]) -> str:
     )
 
 
+def shared(document: Mapping[str, Any]) -> str:
+    """A sentence about the noise, where others used the machine too: more was waiting to run than it has cores."""
+    found = document["machine"]
+    if max(found["load"] or 0, found["load_after"] or 0) <= found["cores"]:
+        return ""
+    return (
+        " **The machine was shared**: times and their ratios carry that noise. The ratio of processor time does so less, the bytes "
+        "not at all."
+    )
+
+
 def markdown(document: Mapping[str, Any]) -> str:
     """Tables of every race, each under what it is of."""
-    lines = [f"Measured on {on_what(document)}.", ""]
+    lines = [f"Measured on {on_what(document)}.{shared(document)}", ""]
     for race in document["races"]:
         lines += [f"**{heading(race)}**", "", "| " + " | ".join(HEADINGS) + " |"]
         lines.append("|---|" + "---:|" * (len(HEADINGS) - 1))
@@ -194,7 +225,6 @@ def startup_lines(startup: Mapping[str, Any]) -> list[str]:
     named |= {f"entering a capture of {name}": found for name, found in startup["enter"].items()}
     lines = [f"| start-up, medians of {len(startup['import']['seconds'])} | time | processor time |", "|---|---:|---:|"]
     lines += [
-        f"| {name} | {1e3 * found['median']:.3g} ms | {1e3 * found['processor']:.3g} ms |"
-        for name, found in named.items()
+        f"| {name} | {duration(found['median'])} | {duration(found['processor'])} |" for name, found in named.items()
     ]
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,6 +84,20 @@ def bench(
         _show(report, found.document, found.out, found.files)
 
 
+_RATIOS = ("ratio", "processor_ratio", "whole_ratio")
+#: what a terminal has room for: heading → column
+_BRIEF = {
+    "": "name",
+    "forward": "forward",
+    "ratio": "ratio",
+    "processor": "processor_ratio",
+    "with reading": "whole_ratio",
+    "peak extra": "peak",
+    "retained": "held",
+    "maps": "maps",
+}
+
+
 def _show(report: Report, document: Mapping[str, Any], out: Path, files: list[str]) -> None:
     if report.json:
         report.document({"out": out, "files": files, **document})
@@ -91,9 +105,17 @@ def _show(report: Report, document: Mapping[str, Any], out: Path, files: list[st
     from aiba_eval.bench import results
 
     for race in document.get("races", ()):
-        table = _table(results.heading(race), results.HEADINGS)
+        report.say(results.heading(race))
+        table = _table("", _BRIEF)
         for row in race["contestants"]:
-            table.add_row(*map(escape, results.cells(race, row)))
+            cells = dict(zip(results.COLUMNS, results.cells(race, row), strict=True))
+            if "not_run" in row:
+                report.say(f"{cells['name']} was {cells['forward']}")
+                continue
+            # medians only; quartiles are in table.md
+            table.add_row(
+                *(escape(cells[column].partition(" (" if column in _RATIOS else " ±")[0]) for column in _BRIEF.values())
+            )
         report.out.print(table)
     if "rows" in document:
         table = _table(
@@ -118,7 +140,7 @@ def _show(report: Report, document: Mapping[str, Any], out: Path, files: list[st
         report.say(f"  {name}")
 
 
-def _table(title: str, headings: tuple[str, ...]) -> Table:
+def _table(title: str, headings: Iterable[str]) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1), pad_edge=False
     )
