@@ -216,7 +216,7 @@ def test_a_library_that_fails_on_the_model_is_told_and_ours_is_not_hidden(dit, m
         race(dit, ["own"], rounds=1, steps=2)
 
 
-def test_a_library_that_records_nothing_did_not_run(dit, monkeypatch):
+def test_a_library_that_records_nothing_did_not_run(unet, monkeypatch):
     class Trace:
         all_heat_maps = ()
 
@@ -230,7 +230,7 @@ def test_a_library_that_records_nothing_did_not_run(dit, monkeypatch):
             return None
 
     monkeypatch.setattr(peers.importlib, "import_module", lambda name: types.SimpleNamespace(trace=Trace))
-    rows = summary(race(dit, ["daam"], rounds=1, steps=2))
+    rows = summary(race(unet, ["daam"], rounds=1, steps=2))
     assert rows[1]["not_run"] == "it ran and recorded nothing"
 
 

@@ -212,23 +212,23 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_killed_ten_times_it_ends_with_the_same_bytes(unet, pieces, tmp_path):
-    config = changed(QUICK, windows=2, prompt_swap=True)
+    config = changed(QUICK, noise_seeds=1)
     started = time.monotonic()
-    evaluate(unet, pieces[:5], config, out=tmp_path / "once")
+    evaluate(unet, pieces[:4], config, out=tmp_path / "once")
     took = time.monotonic() - started
     rng, killed = random.Random(0), 0
     while killed < 10:
         child = os.fork()
         if child == 0:  # the model is in memory already: only the run is killed
             try:
-                evaluate(unet, pieces[:5], config, out=tmp_path / "often")
+                evaluate(unet, pieces[:4], config, out=tmp_path / "often")
             finally:
                 os._exit(0)
         time.sleep(rng.uniform(0.1, 0.35) * took)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         killed += 1
-    run = evaluate(unet, pieces[:5], config, out=tmp_path / "often")
+    run = evaluate(unet, pieces[:4], config, out=tmp_path / "often")
     assert run.complete
     assert snapshot(tmp_path / "often") == snapshot(tmp_path / "once")
 
