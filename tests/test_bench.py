@@ -229,7 +229,7 @@ def test_a_library_that_records_nothing_did_not_run(unet, monkeypatch):
         def __exit__(self, *error):
             return None
 
-    monkeypatch.setattr(peers.importlib, "import_module", lambda name: types.SimpleNamespace(trace=Trace))
+    monkeypatch.setattr(peers, "_library", lambda *names: types.SimpleNamespace(trace=Trace))
     rows = summary(race(unet, ["daam"], rounds=1, steps=2))
     assert rows[1]["not_run"] == "it ran and recorded nothing"
 
