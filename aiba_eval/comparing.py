@@ -55,7 +55,7 @@ from aiba_eval.grid import MelGrid
 from aiba_eval.loading import CannotLoad, Loaded, sampling_rate, weights_digest
 from aiba_eval.metrics import average_precision
 from aiba_eval.outputs import OutputFolder, write_csv, write_json
-from aiba_eval.run import Progress, as_loaded, random_weights, versions
+from aiba_eval.run import Progress, as_loaded, quiet, random_weights, versions
 from aiba_eval.scoring import MINIMUM_PIECES
 from aiba_eval.statistics import RESAMPLES, holm, interval, paired_permutation, permutation_p, ratio_of_means
 
@@ -274,7 +274,7 @@ def compare(
     ValueError
         An option that does not fit.
     """
-    tell = progress or _quiet
+    tell = progress or quiet
     low = {"timesteps": len(timesteps), "draws": draws, "windows": windows, "batch": batch, "resamples": resamples}
     if min(low.values()) < 1 or most < 2 or absent < 0 or reinitialisations < 0 or seconds <= 0:
         raise ValueError(
@@ -1000,7 +1000,3 @@ def _write(
     figures.save(contrasts, folder.file("figures/contrasts.png"))
     figures.save(figures.site_figure(result.profiles, result.models), folder.file("figures/sites.png"))
     folder.finish({key: result.as_dict()[key] for key in ("reinitialisations", "notes", "skipped", "versions")})
-
-
-def _quiet(what: str, done: int, total: int | None) -> None:
-    """Progress for nobody."""

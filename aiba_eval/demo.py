@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aiba_eval import references, templates
+from aiba_eval.effects import listed
 from aiba_eval.grid import MelGrid, project
 from aiba_eval.loading import Loaded
 from aiba_eval.loading import models as registered
@@ -39,6 +40,7 @@ from aiba_eval.run import (
     generate,
     grid_of,
     instrument_of,
+    quiet,
     random_weights,
     versions,
     words_of,
@@ -161,7 +163,7 @@ def demo(
     ------
     CannotLoad, CannotProbe, FolderInUse, CannotGenerate, aiba_hooks.AibaError
     """
-    tell = progress or _quiet
+    tell = progress or quiet
     chosen = list(pieces) if pieces is not None else shipped_pieces()
     if not chosen:
         raise ValueError("no pieces to probe: pieces is empty")
@@ -303,9 +305,7 @@ def at_timestep(maps: Mapping[str, DataArray], timestep: int) -> dict[str, DataA
 
 def prompt_of(instruments: Sequence[str]) -> str:
     """A prompt that names instruments: ``"bass, drums and piano"``."""
-    if len(instruments) == 1:
-        return f"a solo {instruments[0]}"
-    return f"{', '.join(instruments[:-1])} and {instruments[-1]}"
+    return f"a solo {instruments[0]}" if len(instruments) == 1 else listed(instruments)
 
 
 def score_pieces(probed: Sequence[Probed], *, progress: Progress | None = None) -> list[Row]:
@@ -323,7 +323,7 @@ def score_pieces(probed: Sequence[Probed], *, progress: Progress | None = None) 
     """
     rows: list[Row] = []
     for done, item in enumerate(probed):
-        (progress or _quiet)("scoring against stems", done, len(probed))
+        (progress or quiet)("scoring against stems", done, len(probed))
         priors = {}
         for word in item.dominance:
             others = [other.dominance[word] for other in probed if other is not item and word in other.dominance]
@@ -385,7 +385,3 @@ def _about_scores(pieces: int, summary: Sequence[Row]) -> list[str]:
         "and the same at all times; dominance masks come from the pieces' own stems"
     )
     return notes
-
-
-def _quiet(what: str, done: int, total: int | None) -> None:
-    """Progress for nobody."""

@@ -148,10 +148,20 @@ def few_threads(pipeline: Any) -> Iterator[None]:
     import torch
 
     parts = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, torch.nn.Module)]
-    before = torch.get_num_threads()
     tiny = sum(weight.numel() for part in parts for weight in part.parameters()) < TINY
+    with torch_threads(1 if tiny else None):
+        yield
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch inside, None for as many as before; left as found."""
+    import torch
+
+    before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1 if tiny else before)
+        if count is not None:
+            torch.set_num_threads(count)
         yield
     finally:
         torch.set_num_threads(before)

@@ -146,7 +146,7 @@ def run(
     CannotLoad, FolderInUse, CannotGenerate, aiba_hooks.AibaError
         Each message says what to do.
     """
-    tell = progress or _quiet
+    tell = progress or quiet
     folder = OutputFolder(out, "run", overwrite=overwrite)
     # before anything is loaded
     if not distinct_words([prompt]):
@@ -208,7 +208,7 @@ def as_loaded(
     if isinstance(model, Loaded):
         return model
     if isinstance(model, str):
-        (progress or _quiet)(f"loading {model}", 0, None)
+        (progress or quiet)(f"loading {model}", 0, None)
         return load(model, device=device, dtype=dtype)
     return Loaded(
         type(model).__name__, model, "given", None, str(getattr(model, "device", "")), str(getattr(model, "dtype", ""))
@@ -308,7 +308,7 @@ def call(
 
     accepted = inspect.signature(type(pipeline).__call__).parameters
     steps = arguments.get("num_inference_steps")
-    shown = _callback(accepted, f"generating {_shorten(prompt)!r}", steps, progress or _quiet)
+    shown = _callback(accepted, f"generating {_shorten(prompt)!r}", steps, progress or quiet)
     given: dict[str, Any] = {"prompt": prompt, **arguments, **shown}
     if "generator" in accepted:
         given["generator"] = torch.Generator().manual_seed(seed)
@@ -504,7 +504,7 @@ def draw(
     limits = figures.shared_limits(heats)
     chosen = shown if words is None else list(words)
     for done, word in enumerate(chosen):
-        (progress or _quiet)("drawing", done, len(chosen))
+        (progress or quiet)("drawing", done, len(chosen))
         figure = figures.overlay_figure(
             mel,
             heats[word],
@@ -545,5 +545,5 @@ def _shorten(text: str, width: int = 40) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _quiet(what: str, done: int, total: int | None) -> None:
+def quiet(what: str, done: int, total: int | None) -> None:
     """Progress for nobody."""

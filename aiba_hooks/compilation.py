@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,64 +23,44 @@ class CompiledModelWarning(UserWarning):
     """A compiled model runs eagerly while it is captured, in its first forward or in all of them; the message says why."""
 
 
-class _ForceEager:
-    """``torch.compiler.set_stance("force_eager")`` is process-wide: one locked, reference-counted use of it."""
+class _Shared:
+    """One locked, reference-counted use of a context that is process-wide: the first to enter makes it, the last leaves it."""
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
         self._lock = threading.Lock()
         self._users = 0
-        self._stance: Any = None
+        self._held: Any = None
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                self._stance = torch.compiler.set_stance("force_eager")
-                self._stance.__enter__()
+                self._held = self._make()
+                self._held.__enter__()
         try:
             yield
         finally:
             with self._lock:
                 self._users -= 1
                 if not self._users:
-                    self._stance.__exit__(None, None, None)
-                    self._stance = None
+                    self._held.__exit__(None, None, None)
+                    self._held = None
 
 
-force_eager = _ForceEager()
+#: Dynamo keeps ``recompile_limit`` variants of a code, and past them runs it eagerly, or fails under ``fullgraph=True``. Tapped variants
+#: come on top of the model's own: while one capture needs them, so many times as many are allowed
+VARIANTS = 8
 
 
-class _MoreVariants:
-    """Dynamo keeps ``recompile_limit`` variants of a code, and past them runs it eagerly, or fails under ``fullgraph=True``.
-    Tapped variants come on top of the model's own: while one capture needs them, ``FACTOR`` times as many are allowed."""
-
-    FACTOR = 8
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._patch: Any = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                config = torch._dynamo.config
-                self._patch = config.patch(recompile_limit=self.FACTOR * config.recompile_limit)
-                self._patch.__enter__()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if not self._users:
-                    self._patch.__exit__(None, None, None)
-                    self._patch = None
+def _more_variants() -> Any:
+    config = torch._dynamo.config
+    return config.patch(recompile_limit=VARIANTS * config.recompile_limit)
 
 
-more_variants = _MoreVariants()
+force_eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))
+more_variants = _Shared(_more_variants)
 
 
 def compiled_parts(target: Any, root: nn.Module) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from aiba_eval.bench.contestants import contestants
 from aiba_eval.bench.race import Progress, race_all
 from aiba_eval.bench.startup import startup
 from aiba_eval.bench.subjects import CannotBench, Setting
+from aiba_eval.loading import torch_threads
 from aiba_eval.outputs import OutputFolder, write_json
 
 #: what is raced unless others are named
@@ -78,7 +78,7 @@ def benchmark(
     settings = [Setting(name, batch, length, tokens, words, where, kind, compiled) for name in model]
     _check(model, contestant)
     folder = OutputFolder(out, "bench", overwrite=overwrite)
-    with _threads(threads):
+    with torch_threads(threads):
         before = results.machine(where)
         races = race_all(settings, contestant, rounds=rounds, steps=steps, progress=progress)
         document = results.document(races, rounds=rounds, before=before)
@@ -118,7 +118,7 @@ def benchmark_growth(
     _check([model], ())
     folder = OutputFolder(out, "bench", overwrite=overwrite)
     chosen = None if axes is None else {axis: growth.AXES.get(axis, ()) for axis in axes}
-    with _threads(threads):
+    with torch_threads(threads):
         before = results.machine(where)
         rows = growth.grow(model, chosen, rounds=rounds, device=where, dtype=kind, progress=progress)
         document = {
@@ -164,14 +164,3 @@ def _check(model: Sequence[str], contestant: Sequence[str]) -> None:
         for name in given:
             if name not in known:
                 raise CannotBench(f"no {noun} is named {name!r} for a benchmark; there are {', '.join(known)}")
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -114,14 +114,14 @@ def on_dask(workshop: Workshop, where: str) -> Iterator[Executor]:
 
             def run(tasks: Sequence[str]) -> Iterator[Outcome]:
                 futures = client.map(_attempt_there, [shared] * len(tasks), tasks, pure=False, **options)
+                tasks_of = {future.key: task for future, task in zip(futures, tasks, strict=True)}
                 for future, outcome in as_completed(futures, with_results=True, raise_errors=False):
-                    if future.status == "error":  # the worker died too often
-                        task = tasks[futures.index(future)]
-                        yield Outcome(
-                            task, f"{type(outcome[1] if isinstance(outcome, tuple) else outcome).__name__}: {outcome}"
-                        )
-                    else:
+                    if isinstance(outcome, Outcome):
                         yield outcome
+                        continue
+                    # the worker died too often: what comes instead is its error, or (type, error, traceback)
+                    error = outcome[1] if isinstance(outcome, tuple) else outcome
+                    yield Outcome(tasks_of[future.key], f"{type(error).__name__}: {error}")
 
             yield run
     finally:

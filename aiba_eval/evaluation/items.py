@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from aiba_eval import templates
 from aiba_eval.datasets.sections import Section, sections
 from aiba_eval.demo import UNNAMED, at_timestep, prompt_of
-from aiba_eval.effects import listed
 from aiba_eval.evaluation.configuration import CannotEvaluate, Configuration, Pooling, Variant
 from aiba_eval.grid import MelGrid, project
 from aiba_eval.outputs import dump_json
@@ -50,18 +49,20 @@ class Material:
     section : the window
     words : instruments that the prompt names, in its order
     mix : float32 (samples,), mean removed, peak 0.5
+    powers : power mels (time, mel) of every sounding instrument; empty where the dataset has notes
     truth : its masks and shares
     """
 
     section: Section
     words: tuple[str, ...]
     mix: NDArray[np.float32] = field(repr=False)
+    powers: Mapping[str, NDArray[np.float32]] = field(repr=False)
     truth: templates.GroundTruth = field(repr=False)
 
     @property
     def prompt(self) -> str:
-        """The words as a list in English."""
-        return prompt_of(self.words) if len(self.words) == 1 else listed(self.words)
+        """What the model is given."""
+        return prompt_of(self.words)
 
 
 def grid_for(configuration: Configuration) -> MelGrid:
@@ -69,13 +70,8 @@ def grid_for(configuration: Configuration) -> MelGrid:
     return MelGrid(configuration.time, configuration.mel, duration=float(configuration.seconds))
 
 
-def material(
-    piece: Piece,
-    window: int,
-    configuration: Configuration,
-    profiles: Mapping[str, Floats] | None = None,
-) -> Material:
-    """The ``window``-th drawn window of a piece in which two or more nameable instruments sound.
+def window_of(piece: Piece, window: int, configuration: Configuration) -> tuple[Section, tuple[str, ...]]:
+    """The ``window``-th drawn window of a piece in which two or more nameable instruments sound, and these in the prompt's order.
 
     Everything is drawn from the configuration's seed and the piece's name: it does not depend on other pieces.
 
@@ -86,7 +82,7 @@ def material(
     DamagedAudio
         A file cannot be decoded.
     """
-    grid, rng = grid_for(configuration), _generator(configuration.seed, piece.name)
+    rng = _generator(configuration.seed, piece.name)
     if piece.seconds + 0.5 / piece.sample_rate < configuration.seconds:
         raise Unusable(f"{piece.seconds:.2f} s long, shorter than a window of {configuration.seconds:g} s")
 
@@ -98,19 +94,36 @@ def material(
     if len(usable) <= window:
         count = "no window" if not usable else f"only {len(usable)} windows"
         raise Unusable(f"{count} of {configuration.seconds:g} s in which two or more named instruments sound")
-    order = rng.permutation(len(usable))
-    section = usable[int(order[window])]
-    words = tuple(str(word) for word in rng.permutation(nameable(section)))
-    mix = normalise(section.mix())
-    return Material(section, words, mix, _truth(section, words, grid, profiles))
+    section = usable[int(rng.permutation(len(usable))[window])]
+    return section, tuple(str(word) for word in rng.permutation(nameable(section)))
 
 
-def _truth(
-    section: Section, words: Sequence[str], grid: MelGrid, profiles: Mapping[str, Floats] | None
-) -> templates.GroundTruth:
-    if section.piece.stems:
-        return templates.ground_truth(section.powers(grid), grid, words=words, profiles=profiles)
-    # notes only: knowledge bands while the instrument plays
+def material(
+    piece: Piece,
+    window: int,
+    configuration: Configuration,
+    profiles: Mapping[str, Floats] | None = None,
+) -> Material:
+    """A drawn window with its mix, and what it is scored against.
+
+    Raises
+    ------
+    Unusable, DamagedAudio
+        As :func:`window_of`.
+    """
+    section, words = window_of(piece, window, configuration)
+    grid = grid_for(configuration)
+    powers = section.powers(grid) if piece.stems else {}
+    truth = (
+        templates.ground_truth(powers, grid, words=words, profiles=profiles)
+        if powers
+        else _truth_of_notes(section, words, grid)
+    )
+    return Material(section, words, normalise(section.mix()), powers, truth)
+
+
+def _truth_of_notes(section: Section, words: Sequence[str], grid: MelGrid) -> templates.GroundTruth:
+    """Knowledge bands while the instrument plays."""
     masks: dict[str, dict[str, NDArray[np.bool_]]] = {}
     excluded: dict[tuple[str, str], str] = {}
     times = section.start + grid.duration * (np.arange(grid.time) + 0.5) / grid.time if grid.duration else np.zeros(0)

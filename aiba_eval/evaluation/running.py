@@ -17,7 +17,7 @@ from aiba_eval.evaluation.summary import summary_of
 from aiba_eval.evaluation.workshop import LAYER_WEIGHTS, TRAINING, Source, Workshop
 from aiba_eval.loading import Loaded, weights_digest
 from aiba_eval.outputs import OutputFolder, write_json
-from aiba_eval.run import Progress, as_loaded, random_weights, versions
+from aiba_eval.run import Progress, as_loaded, quiet, random_weights, versions
 from aiba_eval.scoring import MINIMUM_PIECES
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def evaluate(
         As in :func:`aiba_eval.run.run`.
     """
     config = Configuration() if configuration is None else configuration
-    tell = progress or _quiet
+    tell = progress or quiet
     _check(config, pieces, validation)
     loaded = as_loaded(model, device=device, dtype=dtype, progress=tell)
     record: Row = {
@@ -97,12 +97,11 @@ def evaluate(
         "versions": versions(),
     }
     folder = OutputFolder(out, "evaluate", overwrite=overwrite, configuration=record)
-    held = pieces if training is None else training
     source: Loaded | Source = loaded
     if dask is not None and loaded.origin != "given":
         source = Source(loaded.name, loaded.device, loaded.dtype)
     workshop = Workshop(
-        folder.path, config, source, list(pieces), None if training is None else list(held), list(validation)
+        folder.path, config, source, list(pieces), None if training is None else list(training), list(validation)
     )
     if source is loaded:
         workshop.loaded = loaded
@@ -319,7 +318,3 @@ def _notes(
     if skipped:
         notes.append(f"{len(skipped)} items were left out: {next(iter(skipped.values()))}")
     return notes
-
-
-def _quiet(what: str, done: int, total: int | None) -> None:
-    """Progress for nobody."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +25,10 @@ from aiba_eval.evaluation.configuration import CannotEvaluate, Configuration
 from aiba_eval.evaluation.items import Floats, Row, Unusable
 from aiba_eval.evaluation.runs import ITEMS, SCORES, Item, read_items
 from aiba_eval.fresh import with_fresh_weights
-from aiba_eval.loading import Loaded, load
+from aiba_eval.loading import Loaded, load, torch_threads
 from aiba_eval.outputs import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from aiba_eval.datasets import Piece
 
 LAYER_WEIGHTS = "layer-weights.json"
@@ -70,6 +67,7 @@ class Workshop:
     validation: Sequence[Piece] = ()
     _fresh: dict[int, Any] = field(default_factory=dict, repr=False)
     _items: dict[str, dict[str, Item]] = field(default_factory=dict, repr=False)
+    _averages: dict[int, dict[str, Floats]] = field(default_factory=dict, repr=False)
     _phase: str = ""
 
     # ---- the plan
@@ -77,28 +75,30 @@ class Workshop:
     @cached_property
     def plan(self) -> dict[str, tuple[str, int]]:
         """Item → (piece, window) or (class, seed), in order."""
-        return self._plan(self.pieces, self.configuration.windows)
-
-    def _plan(self, pieces: Sequence[Piece], windows: int) -> dict[str, tuple[str, int]]:
-        if self.configuration.generates and pieces is self.pieces:
+        if self.configuration.generates:
             words = items.instruments_of(self.configuration, self.pieces)
             return {item_id(word, seed): (word, seed) for seed in self.configuration.seeds for word in words}
-        return {item_id(piece.name, k): (piece.name, k) for piece in pieces for k in range(windows)}
+        windows = range(self.configuration.windows)
+        return {item_id(piece.name, k): (piece.name, k) for piece in self.pieces for k in windows}
+
+    def _held(self, phase: str) -> dict[str, Piece]:
+        """Item → piece of ``training`` or ``validation``: one window of each piece."""
+        if phase == VALIDATION:
+            pieces = self.validation
+        else:
+            pieces = self.pieces if self.training is None else self.training
+        return {item_id(piece.name, 0): piece for piece in pieces}
 
     def phases(self) -> Iterator[tuple[str, list[str]]]:
         """Phases in order, each with its tasks: a phase needs all of those before it."""
         config = self.configuration
-        held = self.pieces if self.training is None else self.training
-        yield "reading training pieces", [f"{TRAINING}/{name}" for name in self._windows(held)]
+        yield "reading training pieces", [f"{TRAINING}/{name}" for name in self._held(TRAINING)]
         if config.fits:
-            yield "fitting layer weights", [f"{VALIDATION}/{name}" for name in self._windows(self.validation)]
+            yield "fitting layer weights", [f"{VALIDATION}/{name}" for name in self._held(VALIDATION)]
         for condition in config.conditions:
             yield self._what(condition), [f"{condition}/{name}" for name in self.plan]
         scored = [c for c in config.conditions if c not in ("absent", "neutral")]
         yield "scoring", [f"{SCORES}/{condition}/{name}" for condition in scored for name in self.plan]
-
-    def _windows(self, pieces: Sequence[Piece]) -> dict[str, tuple[str, int]]:
-        return {item_id(piece.name, 0): (piece.name, 0) for piece in pieces}
 
     def _what(self, condition: str) -> str:
         verb = "generating" if self.configuration.generates else "probing"
@@ -132,17 +132,18 @@ class Workshop:
         if condition.startswith(f"{SCORES}/"):
             scores.write_scores(path, scores.rows_of(self, condition.removeprefix(f"{SCORES}/"), name))
             return
-        with _threads(self.configuration.threads):
+        with torch_threads(self.configuration.threads):
             try:
                 self._make(condition, name, path)
             except (Unusable, DamagedAudio) as error:
                 items.write_item(path, {"id": name, "condition": condition, "skipped": str(error)}, None)
 
     def _make(self, condition: str, name: str, path: Path) -> None:
-        if condition in (TRAINING, VALIDATION):
-            held = self.pieces if self.training is None else self.training
-            piece = _named(held if condition == TRAINING else self.validation, self._of(condition)[name][0])
-            (self._training if condition == TRAINING else self._validation)(piece, name, path)
+        if condition == TRAINING:
+            self._training(self._held(TRAINING)[name], name, path)
+            return
+        if condition == VALIDATION:
+            self._validation(self._held(VALIDATION)[name], name, path)
             return
         pipeline = self._pipeline(condition)
         if self.configuration.generates:
@@ -151,25 +152,13 @@ class Workshop:
         piece_name, window = self.plan[name]
         piece = _named(self.pieces, piece_name)
         given = items.material(piece, window, self.configuration, self.profiles(piece_name))
-        head = {
-            "id": name,
-            "condition": condition,
-            "piece": piece_name,
-            "start": given.section.start,
-            "seconds": given.section.seconds,
-            "prompt": given.prompt,
-            "words": list(given.words),
-        }
+        head = _head(name, condition, given)
         if condition == "absent":
             items.write_item(path, {**head, "masses": scores.masses(pipeline, given, piece, self)}, None)
         elif condition == "neutral":
             items.write_item(path, {**head, "changes": scores.changes(pipeline, given, piece, self)}, None)
         else:
             self._probe(pipeline, condition, given, head, path)
-
-    def _of(self, condition: str) -> dict[str, tuple[str, int]]:
-        held = self.pieces if self.training is None else self.training
-        return self._windows(held if condition == TRAINING else self.validation)
 
     def _probe(self, pipeline: Any, condition: str, given: items.Material, head: Row, path: Path) -> None:
         rate, grid = given.section.piece.sample_rate, items.grid_for(self.configuration)
@@ -244,12 +233,9 @@ class Workshop:
         grid = items.grid_for(self.configuration)
         mix = grid.spectrogram(given.mix, piece.sample_rate)
         arrays = items.fields(None, given.truth, given.words, mix)
-        powers = given.section.powers(grid) if piece.stems else {}
-        if powers:
-            arrays["power"] = (("word", "time", "mel"), np.stack([powers[word] for word in given.words]))
-        about = {"id": name, "condition": TRAINING, "piece": piece.name, "start": given.section.start}
-        about |= {"seconds": given.section.seconds, "prompt": given.prompt, "words": list(given.words)}
-        items.write_item(path, about, arrays)
+        if given.powers:
+            arrays["power"] = (("word", "time", "mel"), np.stack([given.powers[word] for word in given.words]))
+        items.write_item(path, _head(name, TRAINING, given), arrays)
 
     def _validation(self, piece: Piece, name: str, path: Path) -> None:
         """Normal equations of the layer weights."""
@@ -263,9 +249,7 @@ class Workshop:
             items.grid_for(self.configuration),
             self.configuration.timesteps,
         )
-        about = {"id": name, "condition": VALIDATION, "piece": piece.name, "start": given.section.start}
-        about |= {"seconds": given.section.seconds, "prompt": given.prompt, "words": list(given.words)}
-        items.write_item(path, {**about, "equations": equations}, None)
+        items.write_item(path, {**_head(name, VALIDATION, given), "equations": equations}, None)
 
     def _other_prompt(self, name: str, own: Sequence[str]) -> tuple[tuple[str, ...], str]:
         """Words and prompt of the next piece whose instruments are not the same."""
@@ -276,11 +260,11 @@ class Workshop:
             if piece_name == self.plan[name][0]:
                 continue
             try:
-                found = items.material(_named(self.pieces, piece_name), window, self.configuration)
+                _, words = items.window_of(_named(self.pieces, piece_name), window, self.configuration)
             except Unusable:
                 continue
-            if set(found.words) != set(own):
-                return found.words, found.prompt
+            if set(words) != set(own):
+                return words, items.prompt_of(words)
         raise Unusable("no other piece has other instruments")
 
     # ---- what tasks share
@@ -302,15 +286,10 @@ class Workshop:
         return self._fresh[number]
 
     @cached_property
-    def _held(self) -> list[Item]:
-        """Training windows."""
-        return [item for item in read_items(self.folder, TRAINING) if item.words]
-
-    @cached_property
     def _masks(self) -> dict[str, list[tuple[str, NDArray[np.bool_], Floats | None]]]:
         """Word → (piece, dominance mask, power) of the training windows."""
         found: dict[str, list[tuple[str, NDArray[np.bool_], Floats | None]]] = {}
-        for item in self._held:
+        for item in read_items(self.folder, TRAINING):
             arrays = item.fields.load()
             kinds = [str(kind) for kind in arrays["truth"]["target"].values]
             kind = next((k for k in ("dominance", "band:measured") if k in kinds), None)
@@ -325,19 +304,25 @@ class Workshop:
 
     def priors(self, piece: str) -> dict[str, Floats]:
         """Class priors from the training windows of other pieces."""
-        return {
-            word: references.class_prior(masks)
-            for word, known in self._masks.items()
-            if (masks := [mask for name, mask, _ in known if name != piece])
-        }
+        return self._of_others(references.class_prior, 1, piece)
 
     def profiles(self, piece: str) -> dict[str, Floats]:
         """Data-driven profiles from the training windows of other pieces."""
-        return {
-            word: templates.data_profile(powers)
-            for word, known in self._masks.items()
-            if (powers := [power for name, _, power in known if name != piece and power is not None])
+        return self._of_others(templates.data_profile, 2, piece)
+
+    def _of_others(self, average: Callable[[list[Any]], Floats], column: int, piece: str) -> dict[str, Floats]:
+        """Word → average of a column of ``_masks`` over other pieces; made once for all pieces that no training window is of."""
+        among = any(row[0] == piece for rows in self._masks.values() for row in rows)
+        if not among and column in self._averages:
+            return self._averages[column]
+        others = {
+            word: [row[column] for row in rows if row[0] != piece and row[column] is not None]
+            for word, rows in self._masks.items()
         }
+        found = {word: average(some) for word, some in others.items() if some}
+        if not among:
+            self._averages[column] = found
+        return found
 
     @cached_property
     def layer_weights(self) -> dict[str, float] | None:
@@ -346,7 +331,7 @@ class Workshop:
             return None
         path = self.folder / LAYER_WEIGHTS
         if not path.is_file():
-            known = [item.about["equations"] for item in read_items(self.folder, VALIDATION) if item.words]
+            known = [item.about["equations"] for item in read_items(self.folder, VALIDATION)]
             if not known:
                 raise CannotEvaluate(
                     "layer weights are to be fitted, but no validation piece could be used: give a validation split, or leave "
@@ -361,13 +346,14 @@ class Workshop:
         if phase != self._phase:
             self._phase = phase
             self._items.clear()
-            for name in ("_held", "_masks", "layer_weights"):
+            self._averages.clear()
+            for name in ("_masks", "layer_weights"):
                 vars(self).pop(name, None)
 
     def items(self, condition: str) -> dict[str, Item]:
         """Id → usable item of a condition, in the order of the plan. Only once the condition is done."""
         if condition not in self._items:
-            found = {item.id: item for item in read_items(self.folder, condition) if item.words}
+            found = {item.id: item for item in read_items(self.folder, condition)}
             self._items[condition] = {name: found[name] for name in self.plan if name in found}
         return self._items[condition]
 
@@ -378,6 +364,19 @@ def item_id(name: str, number: int) -> str:
     if readable != name:
         readable = f"{readable[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"{readable}-{number}"
+
+
+def _head(name: str, condition: str, given: items.Material) -> Row:
+    """What ``item.json`` begins with."""
+    return {
+        "id": name,
+        "condition": condition,
+        "piece": given.section.piece.name,
+        "start": given.section.start,
+        "seconds": given.section.seconds,
+        "prompt": given.prompt,
+        "words": list(given.words),
+    }
 
 
 def _named(pieces: Sequence[Piece], name: str) -> Piece:
@@ -392,15 +391,3 @@ def _diagnosis(maps: Any) -> Row:
     from aiba_eval.diagnostics import diagnose
 
     return diagnose(maps).as_dict()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
