@@ -149,20 +149,25 @@ def few_threads(pipeline: Any) -> Iterator[None]:
 
     parts = [part for part in getattr(pipeline, "components", {}).values() if isinstance(part, torch.nn.Module)]
     tiny = sum(weight.numel() for part in parts for weight in part.parameters()) < TINY
-    with torch_threads(1 if tiny else None):
+    with threads_of(1 if tiny else None):
         yield
 
 
 @contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """So many threads of torch inside, None for as many as before; left as found."""
+def threads_of(count: int | None) -> Iterator[None]:
+    """So many threads of torch and of numpy's libraries inside, None for as many as before; left as found.
+
+    The order of a sum, and with it the last bits of a result, depends on their number in either.
+    """
     import torch
+    from threadpoolctl import threadpool_limits
 
     before = torch.get_num_threads()
     try:
         if count is not None:
             torch.set_num_threads(count)
-        yield
+        with threadpool_limits(count):
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -31,7 +31,7 @@ from aiba_eval.evaluation import (
     weights,
 )
 from aiba_eval.evaluation.reproduce import PUBLISHED, reproduce
-from aiba_eval.evaluation.workshop import Workshop, item_id
+from aiba_eval.evaluation.workshop import Source, Workshop, item_id
 from aiba_eval.loading import load
 from aiba_eval.metrics import METRICS, average_precision
 from aiba_eval.outputs import FolderInUse
@@ -318,6 +318,21 @@ def test_workers_give_the_same_bytes(pieces, tmp_path):
     assert there.complete
     assert not there.record["failed"]
     assert snapshot(here.path) == snapshot(there.path)
+
+
+def test_a_worker_that_stays_follows_each_run(pieces, tmp_path, monkeypatch):
+    """A worker of a cluster outlives a run; one that asks more of the same folder must not get the first one's configuration."""
+    used: list[Workshop] = []
+    monkeypatch.setattr(executing, "attempt", lambda workshop, task: used.append(workshop))
+    source = Source("demo:unet", "cpu", "float32")
+    first, second = (
+        executing.Order.of(Workshop(tmp_path, config, source, pieces[:1]))
+        for config in (QUICK, changed(QUICK, noise_seeds=1))
+    )
+    for sent in (first, first, second):
+        executing._attempt_there(sent, "own/a")
+    assert used[0] is used[1]
+    assert [workshop.configuration.noise_seeds for workshop in used] == [0, 0, 1]
 
 
 # ---- bad input

@@ -14,7 +14,7 @@ from aiba_eval.bench.contestants import contestants
 from aiba_eval.bench.race import Progress, race_all
 from aiba_eval.bench.startup import startup
 from aiba_eval.bench.subjects import CannotBench, Setting
-from aiba_eval.loading import torch_threads
+from aiba_eval.loading import threads_of
 from aiba_eval.outputs import OutputFolder, write_json
 
 #: what is raced unless others are named
@@ -78,7 +78,7 @@ def benchmark(
     settings = [Setting(name, batch, length, tokens, words, where, kind, compiled) for name in model]
     _check(model, contestant)
     folder = OutputFolder(out, "bench", overwrite=overwrite)
-    with torch_threads(threads):
+    with threads_of(threads):
         before = results.machine(where)
         races = race_all(settings, contestant, rounds=rounds, steps=steps, progress=progress)
         document = results.document(races, rounds=rounds, before=before)
@@ -118,7 +118,7 @@ def benchmark_growth(
     _check([model], ())
     folder = OutputFolder(out, "bench", overwrite=overwrite)
     chosen = None if axes is None else {axis: growth.AXES.get(axis, ()) for axis in axes}
-    with torch_threads(threads):
+    with threads_of(threads):
         before = results.machine(where)
         rows = growth.grow(model, chosen, rounds=rounds, device=where, dtype=kind, progress=progress)
         document = {

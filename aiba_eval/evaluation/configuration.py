@@ -131,7 +131,7 @@ class Configuration:
     noise_seeds : further seeds of the noise to repeat it with
     keep_maps : keep every site's maps at every step, for the report's sliders
     time, mel : cells of the grid
-    threads : of torch; the last bits of results depend on it
+    threads : of torch and numpy; the last bits of results depend on it
     resamples : of intervals and permutations
     """
 

@@ -25,7 +25,7 @@ from aiba_eval.evaluation.configuration import CannotEvaluate, Configuration
 from aiba_eval.evaluation.items import Floats, Row, Unusable
 from aiba_eval.evaluation.runs import ITEMS, SCORES, Item, read_items
 from aiba_eval.fresh import with_fresh_weights
-from aiba_eval.loading import Loaded, load, torch_threads
+from aiba_eval.loading import Loaded, load, threads_of
 from aiba_eval.outputs import write_json
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ class Workshop:
     pieces: Sequence[Piece]
     training: Sequence[Piece] | None = None
     validation: Sequence[Piece] = ()
-    _fresh: dict[int, Any] = field(default_factory=dict, repr=False)
-    _items: dict[str, dict[str, Item]] = field(default_factory=dict, repr=False)
-    _averages: dict[int, dict[str, Floats]] = field(default_factory=dict, repr=False)
-    _phase: str = ""
+    _fresh: dict[int, Any] = field(default_factory=dict, init=False, repr=False)
+    _items: dict[str, dict[str, Item]] = field(default_factory=dict, init=False, repr=False)
+    _averages: dict[int, dict[str, Floats]] = field(default_factory=dict, init=False, repr=False)
+    _phase: str = field(default="", init=False)
 
     # ---- the plan
 
@@ -129,10 +129,10 @@ class Workshop:
         path = self._path(task)
         path.parent.mkdir(parents=True, exist_ok=True)
         condition, _, name = task.rpartition("/")
-        if condition.startswith(f"{SCORES}/"):
-            scores.write_scores(path, scores.rows_of(self, condition.removeprefix(f"{SCORES}/"), name))
-            return
-        with torch_threads(self.configuration.threads):
+        with threads_of(self.configuration.threads):
+            if condition.startswith(f"{SCORES}/"):
+                scores.write_scores(path, scores.rows_of(self, condition.removeprefix(f"{SCORES}/"), name))
+                return
             try:
                 self._make(condition, name, path)
             except (Unusable, DamagedAudio) as error:
