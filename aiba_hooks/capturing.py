@@ -174,17 +174,18 @@ class Capture:
                 f"the denoiser of {type(self.target).__name__} is no torch.nn.Module: {type(denoiser).__name__}"
             )
         given, denoiser = denoiser, compilation.unwrap(denoiser)
-        parts = compilation.compiled_parts(self.target, given)
+        modules = fastpaths.modules_of(denoiser)
+        parts = compilation.compiled_parts(self.target, given, modules)
         kernels: list[Kernel] = manager().collect("aiba_kernels")
         with ExitStack() as stack:
             self._denoiser = denoiser
             self._names = site_names(denoiser)
             self._forward_signature = inspect.signature(type(denoiser).forward)
             stack.callback(self._restore_late_imports, set(sys.modules))
-            for key in interception.intercept(kernels, list(denoiser.modules()), self._adapters):
+            for key in interception.intercept(kernels, modules, self._adapters):
                 stack.callback(interception.PATCHES.release, key)
-            parts += compilation.compiled_functions(denoiser)
-            if parts or (files := compilation.compiled_files(denoiser)):
+            parts += compilation.compiled_functions(modules)
+            if parts or (files := compilation.compiled_files(modules)):
                 refusal = self._uncompiled or compilation.refusal(self.target, given, denoiser, parts)
                 compilation.warn(parts or files, refusal, stacklevel=3)
                 if refusal is not None:
@@ -192,13 +193,13 @@ class Capture:
                 else:
                     self.serving = Serving(self, self._names)
                     stack.callback(self.serving.close)
-            self._watch = SourceWatch(denoiser)
+            self._watch = SourceWatch(modules)
             self._watch.on_read = self._differential.projection_read
             stack.callback(self._watch.close)
             self._audit = Audit(self._names)
             stack.callback(self._audit.stop)
             watching = (
-                fastpaths.watch_forward(denoiser, self._before_forward, self._after_forward)
+                fastpaths.watch_forward(denoiser, modules, self._before_forward, self._after_forward)
                 if self.serving is None
                 else self.serving.watch(given, denoiser)
             )
@@ -325,6 +326,8 @@ class Capture:
         self._watch.close()
         self._audit.stop()
         self._checks.flush()
+        for columns in self._columns.values():
+            columns.forget_templates()
         self._arguments = {}
 
     def method_called(self, name: str, arguments: Mapping[str, Any], result: Any) -> None:

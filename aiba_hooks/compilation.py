@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,27 +63,32 @@ force_eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))
 more_variants = _Shared(_more_variants)
 
 
-def compiled_parts(target: Any, root: nn.Module) -> list[str]:
-    """Names of the compiled modules at, below or wrapped around ``root``, however they were compiled."""
+def compiled_parts(target: Any, root: nn.Module, modules: Sequence[nn.Module]) -> list[str]:
+    """Names of the compiled modules at, below or wrapped around ``root``, however they were compiled; ``modules`` are those inside it."""
     found = []
-    for name, module in root.named_modules():
-        forward = vars(module).get("forward") or getattr(type(module), "forward", None)
-        if (
-            is_optimized(module)
-            or getattr(module, "_compiled_call_impl", None) is not None
-            or hasattr(forward, "_torchdynamo_orig_callable")
-        ):
-            found.append(name.removeprefix("_orig_mod.").removeprefix("_orig_mod") or type(unwrap(module)).__name__)
+    if any(map(_is_compiled, (root, *modules))):  # names are spelled out only where there is something to name
+        for name, module in root.named_modules():
+            if _is_compiled(module):
+                found.append(name.removeprefix("_orig_mod.").removeprefix("_orig_mod") or type(unwrap(module)).__name__)
     if not found and isinstance(target, nn.Module) and is_optimized(target):
         found.append(type(unwrap(target)).__name__)
     return list(dict.fromkeys(found))
 
 
-def compiled_functions(root: nn.Module) -> list[str]:
-    """Compiled functions in the files that define the classes at or below ``root``. Call it once kernels are intercepted:
+def _is_compiled(module: nn.Module) -> bool:
+    own = vars(module)
+    return (
+        own.get("_compiled_call_impl") is not None
+        or hasattr(own.get("forward") or type(module).forward, "_torchdynamo_orig_callable")
+        or is_optimized(module)
+    )
+
+
+def compiled_functions(modules: Sequence[nn.Module]) -> list[str]:
+    """Compiled functions in the files that define the classes of ``modules``. Call it once kernels are intercepted:
     a compiled kernel is asked as it is, and does not count."""
     found = []
-    for path, space in _files(root):
+    for path, space in _files(modules):
         for name, value in space.items():
             compiled = callable(value) and hasattr(value, "_torchdynamo_orig_callable") and not isinstance(value, type)
             if compiled and not name.startswith(_DYNAMO):
@@ -91,13 +96,13 @@ def compiled_functions(root: nn.Module) -> list[str]:
     return found
 
 
-def compiled_files(root: nn.Module) -> list[str]:
-    """Files that define the classes at or below ``root`` and of which some code was compiled, through whatever object."""
-    return [path for path, space in _files(root) if any(name.startswith(_DYNAMO) for name in space)]
+def compiled_files(modules: Sequence[nn.Module]) -> list[str]:
+    """Files that define the classes of ``modules`` and of which some code was compiled, through whatever object."""
+    return [path for path, space in _files(modules) if any(name.startswith(_DYNAMO) for name in space)]
 
 
-def _files(root: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    kinds = {type(module) for module in modules_of(root)}
+def _files(modules: Sequence[nn.Module]) -> list[tuple[str, dict[str, Any]]]:
+    kinds = {type(module) for module in modules}
     paths = {cls.__module__ for kind in kinds for cls in kind.__mro__}
     return [(path, vars(sys.modules[path])) for path in sorted(paths) if path in sys.modules]
 

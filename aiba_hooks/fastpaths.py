@@ -9,7 +9,7 @@ the coverage audit looks away inside torch's own modules, where nothing is left 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,15 +19,17 @@ from aiba_hooks.interception import PATCHES, unwatched
 _Undo = Callable[[], Any]
 
 
-def watch_forward(root: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[_Undo]:
+def watch_forward(
+    root: nn.Module, modules: Sequence[nn.Module], before: Callable[..., Any], after: Callable[..., Any]
+) -> Iterator[_Undo]:
     """Call ``before(module, args, kwargs)`` and ``after(module, args, output)`` around every forward of ``root``, also if it
-    fails, on whichever path torch takes by itself. Yields what undoes each step."""
-    kinds = {type(module) for module in modules_of(root)}
+    fails, on whichever path torch takes by itself. ``modules`` are ``modules_of(root)``. Yields what undoes each step."""
+    kinds = {type(module) for module in modules}
     for cls in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder):
         if any(issubclass(kind, cls) for kind in kinds):
             key = PATCHES.acquire(cls, "forward", cls.forward, _look_away(cls.forward))
             yield functools.partial(PATCHES.release, key)
-    if id(root) not in without_hooks(root):
+    if id(root) not in without_hooks(modules):
         yield root.register_forward_pre_hook(before, with_kwargs=True).remove
         yield root.register_forward_hook(after, always_call=True).remove
         return
@@ -60,9 +62,9 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def without_hooks(root: nn.Module) -> set[int]:
-    """Ids of the modules below ``root`` that must have no hooks."""
-    layers = (m for m in modules_of(root) if isinstance(m, nn.TransformerEncoderLayer) and _is_torchs(m))
+def without_hooks(modules: Iterable[nn.Module]) -> set[int]:
+    """Ids of those of ``modules`` that must have no hooks."""
+    layers = (m for m in modules if isinstance(m, nn.TransformerEncoderLayer) and _is_torchs(m))
     return {id(module) for layer in layers for module in layer.modules()}
 
 

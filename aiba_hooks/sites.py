@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from aiba_hooks.fastpaths import modules_of, without_hooks
+from aiba_hooks.fastpaths import without_hooks
 from aiba_hooks.tagging import Source, Tag
 
 #: path components that wrappers insert and that say nothing about the model
@@ -124,19 +125,39 @@ def attention_like(root: nn.Module, names: Mapping[int, str]) -> Iterator[tuple[
             yield name, kind
 
 
-class SourceWatch:
-    """Remembers which tensors the projections of a site read, for tags. Used during the first forward only.
+class _Memory:
+    """Which memory a tensor lies in, without keeping it: a view of the same data from the same place is the same memory.
 
-    Tensors are held until the next site is reached: a freed one's memory could be taken for another's.
+    The weak reference keeps nothing but the storage's identity from being used again, so that what is allocated where a freed
+    tensor lay is told apart from it.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self._read: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    __slots__ = ("_storage", "key")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self.key: tuple[int, int] = (self._storage.cdata, tensor.storage_offset())
+
+
+@dataclass
+class _Read:
+    """What a projection read and made."""
+
+    read: _Memory
+    shape: tuple[int, ...]
+    made: _Memory
+
+
+class SourceWatch:
+    """Remembers which tensors the projections of a site read, for tags. Used during the first forward only. It holds none of them."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._read: dict[int, _Read] = {}
         self.ran: set[int] = set()
-        unhooked = without_hooks(root)
+        unhooked = without_hooks(modules)
         self._handles = [
             module.register_forward_hook(self._hook)
-            for module in modules_of(root)
+            for module in modules
             if id(module) not in unhooked
             and all(child is None for child in module._modules.values())
             and _is_projection(module)
@@ -147,7 +168,7 @@ class SourceWatch:
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.enabled and args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-            self._read[id(module)] = (args[0], output)
+            self._read[id(module)] = _Read(_Memory(args[0]), tuple(args[0].shape), _Memory(output))
             self.ran.add(id(module))
             if self.on_read is not None:
                 self.on_read(module, args[0])
@@ -156,17 +177,17 @@ class SourceWatch:
         """Distinct tensors that the projections below ``site`` read, in reading order; those of other sites are forgotten."""
         below = {id(module): name for name, module in site.named_modules()}
         self._read = {key: value for key, value in self._read.items() if key in below}
-        produced = {_key(output) for _, output in self._read.values()}
+        produced = {read.made.key for read in self._read.values()}
+        named = {_key(value): name for name, value in reversed(list(arguments.items())) if _has_data(value)}
         found: dict[tuple[int, int], Source] = {}
-        for key, (tensor, _) in self._read.items():
-            if _key(tensor) in produced:
+        for module, read in self._read.items():
+            key = read.read.key
+            if key in produced:
                 continue  # the output of another projection of this site (a low-rank adapter's second half)
-            if _key(tensor) in found:
-                found[_key(tensor)].projection += f", {below[key]}"
+            if key in found:
+                found[key].projection += f", {below[module]}"
             else:
-                found[_key(tensor)] = Source(
-                    tensor, below[key] or type(site).__name__, _argument_name(tensor, arguments)
-                )
+                found[key] = Source(read.shape, below[module] or type(site).__name__, named.get(key))
         return list(found.values())
 
     def forget(self) -> None:
@@ -187,12 +208,9 @@ def _is_projection(module: nn.Module) -> bool:
 
 
 def _key(tensor: torch.Tensor) -> tuple[int, int]:
-    """Identity by memory: a view of the same data from the same place is the same source."""
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    """As :class:`_Memory` has it, of a tensor that is alive."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
-def _argument_name(tensor: torch.Tensor, arguments: Mapping[str, Any]) -> str | None:
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and value.numel() and _key(value) == _key(tensor):
-            return name
-    return None
+def _has_data(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() > 0

@@ -22,7 +22,7 @@ Spans = Mapping[str, tuple[int, int] | None]
 
 
 class Columns:
-    """Selector columns, and the values that were made of them for the kernel; shared by all sites that pool alike.
+    """Selector columns, and within a forward the values that were made of them for the kernel; shared by all sites that pool alike.
 
     Attributes
     ----------
@@ -37,6 +37,10 @@ class Columns:
         """Those laid out as the call's values; empty the first time."""
         value = call.value
         return self._templates.setdefault((value.shape, value.stride(), value.dtype, value.device), [])
+
+    def forget_templates(self) -> None:
+        """They are as wide as the values and as long as the keys: not to be kept between forwards."""
+        self._templates.clear()
 
 
 @dataclass

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 KINDS = ("cross", "self", "joint", "unknown")
 
@@ -50,14 +47,14 @@ class Tag(str):
 class Source:
     """One tensor that a call site's projections read: which one, by storage, and as how many tokens it can count."""
 
-    tensor: torch.Tensor
+    shape: tuple[int, ...]
     projection: str
     name: str | None = None  # the denoiser's own argument that it is, where it is one
 
     @property
     def lengths(self) -> set[int]:
         """Token counts under the layouts in use: [B, T, C], [T, B, C], [B, C, H, W]."""
-        shape = tuple(self.tensor.shape)
+        shape = self.shape
         counts = {shape[-2]} if len(shape) >= 2 else {1}
         if len(shape) >= 3:
             counts |= {shape[0], _product(shape[2:]), _product(shape[1:-1])}
@@ -65,7 +62,7 @@ class Source:
 
     def describe(self) -> str:
         name = f"{self.name} " if self.name else ""
-        return f"{self.projection} read {name}[{', '.join(map(str, self.tensor.shape))}]"
+        return f"{self.projection} read {name}[{', '.join(map(str, self.shape))}]"
 
 
 def _product(values: Sequence[int]) -> int:
@@ -92,7 +89,7 @@ def from_sources(sources: Sequence[Source], queries: int, keys: int) -> Tag | No
         return None
     if not as_query and not as_key and not sources:
         return None
-    counts = [max(s.lengths & {s.tensor.shape[-2]} or {0}) if s.tensor.ndim >= 3 else 0 for s in sources]
+    counts = [max(s.lengths & {s.shape[-2]} or {0}) if len(s.shape) >= 3 else 0 for s in sources]
     joined = any(counts[i] + counts[j] == keys for i in range(len(counts)) for j in range(i) if counts[i] and counts[j])
     if queries != keys and as_query and as_key:
         key = next((s for s in as_key if s is not as_query[0]), as_key[0])

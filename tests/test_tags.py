@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -124,6 +125,48 @@ def test_a_low_rank_adapter_does_not_look_like_a_second_source():
     with torch.no_grad(), capture(module.eval(), keep="full", kinds=EVERY) as cap:
         module(torch.randn(1, 6, 32))
     assert cap.sites[0].tag == "self"
+
+
+class Freed(Attention):
+    """What its projections read is freed at once, and what is read next may be put in the same place."""
+
+    def forward(self, x, context):
+        q, k, v = (
+            layer(source + 1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, source in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_what_lies_where_a_freed_tensor_lay_is_another_source():
+    x, context = torch.randn(2, 64, 32), torch.randn(2, 64, 32)
+    with capture(Freed(), keep="full", kinds=EVERY) as cap:
+        cap.target(x, context)
+    (site,) = cap.sites
+    assert site.tag == "cross"
+    assert "to_q read [2, 64, 32]; to_k read [2, 64, 32]" in site.evidence
+
+
+def test_watching_the_first_forward_keeps_no_tensor_of_the_models():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+            self.attention = Attention()
+            self.alive = []
+
+        def forward(self, x):
+            made = []
+            for layer in self.layers:
+                x = layer(x)
+                made.append(weakref.ref(x))
+            self.alive = [reference() is not None for reference in made]
+            return self.attention(x)
+
+    model = Deep()
+    with capture(model, keep="full", kinds=EVERY):
+        model(torch.randn(2, 16, 32))
+    assert model.alive == [False, False, False, True]
 
 
 def test_without_projections_only_lengths_are_left_and_equal_ones_are_unknown():

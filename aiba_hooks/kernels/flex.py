@@ -94,17 +94,24 @@ _WRAPS = {staticmethod, functools.partial, FunctionType}
 
 def _wrapping(modules: Sequence[Any]) -> list[Any]:
     """Functions that wrap another, and partials, among globals of imported modules and attributes of the target's modules."""
-    loaded = [module for name, module in list(sys.modules.items()) if not name.startswith("torch.")]
-    spaces = [getattr(module, "__dict__", {}) for module in (*loaded, *modules)]
+    from aiba_hooks.interception import loaded_modules
+
+    spaces = [getattr(module, "__dict__", {}) for module in (*loaded_modules(), *modules)]
     spaces += [vars(cls) for cls in {cls for module in modules for cls in type(module).__mro__}]
     found = []
     for space in spaces:
-        for value in [value for value in list(space.values()) if type(value) in _WRAPS]:
+        values = list(space.values())
+        if _WRAPS.isdisjoint(map(type, values)):
+            continue  # nearly every instance of a module
+        for value in [value for value in values if type(value) in _WRAPS]:
             kind = type(value)
             if kind is staticmethod:
                 value, kind = value.__func__, type(value.__func__)
-            # by exact type: asking a lazily imported name for an attribute would import it
-            if kind is functools.partial or (kind is FunctionType and hasattr(value, "__wrapped__")):
+            # by exact type: asking a lazily imported name for an attribute would import it. A wrapper is a closure, which is asked
+            # first: of the tens of thousands of functions few are
+            if kind is functools.partial or (
+                kind is FunctionType and value.__closure__ is not None and hasattr(value, "__wrapped__")
+            ):
                 found.append(value)
     return found
 
