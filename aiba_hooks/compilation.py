@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from aiba_hooks.fastpaths import modules_of
+from aiba_hooks.interception import classes_of
 
 #: Dynamo puts what it compiled among the globals of the code that it compiled
 _DYNAMO = "__compiled_fn"
@@ -102,8 +103,7 @@ def compiled_files(modules: Sequence[nn.Module]) -> list[str]:
 
 
 def _files(modules: Sequence[nn.Module]) -> list[tuple[str, dict[str, Any]]]:
-    kinds = {type(module) for module in modules}
-    paths = {cls.__module__ for kind in kinds for cls in kind.__mro__}
+    paths = {cls.__module__ for cls in classes_of(modules)}
     return [(path, vars(sys.modules[path])) for path in sorted(paths) if path in sys.modules]
 
 

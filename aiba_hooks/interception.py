@@ -235,12 +235,11 @@ def importers(functions: Iterable[Any], modules: Iterable[ModuleType]) -> Iterat
 def attributes(functions: Iterable[Any], modules: Iterable[Any]) -> Iterator[tuple[Any, str, Any]]:
     """Attributes of torch modules and their classes that hold one of ``functions`` by value."""
     wanted = {id(function): function for function in functions}
-    classes: dict[type, None] = {}
+    modules = list(modules)
     for module in modules:
         if not wanted.keys().isdisjoint(map(id, vars(module).values())):
             yield from ((module, name, value) for name, value in vars(module).items() if id(value) in wanted)
-        classes.update(dict.fromkeys(type(module).__mro__))
-    for cls in classes:
+    for cls in classes_of(modules):
         for name, value in vars(cls).items():
             if id(value) in wanted or (isinstance(value, staticmethod) and id(value.__func__) in wanted):
                 yield cls, name, value
@@ -277,6 +276,12 @@ def intercept(
         unbound = isinstance(value, staticmethod) or (isinstance(namespace, type) and not hasattr(value, "__get__"))
         replacement: Any = staticmethod(wrapper) if unbound else wrapper
         yield PATCHES.acquire(namespace, name, value, replacement)
+
+
+def classes_of(modules: Iterable[Any]) -> list[type]:
+    """The classes of modules and what they inherit from, each once."""
+    kinds = dict.fromkeys(map(type, modules))
+    return list(dict.fromkeys(cls for kind in kinds for cls in kind.__mro__))
 
 
 #: packages that know nothing of torch: with them go three in five of the names that would be looked through

@@ -94,25 +94,21 @@ _WRAPS = {staticmethod, functools.partial, FunctionType}
 
 def _wrapping(modules: Sequence[Any]) -> list[Any]:
     """Functions that wrap another, and partials, among globals of imported modules and attributes of the target's modules."""
-    from aiba_hooks.interception import loaded_modules
+    from aiba_hooks.interception import classes_of, loaded_modules
 
     spaces = [getattr(module, "__dict__", {}) for module in (*loaded_modules(), *modules)]
-    spaces += [vars(cls) for cls in {cls for module in modules for cls in type(module).__mro__}]
+    spaces += map(vars, classes_of(modules))
     found = []
     for space in spaces:
         values = list(space.values())
         if _WRAPS.isdisjoint(map(type, values)):
             continue  # nearly every instance of a module
-        for value in [value for value in values if type(value) in _WRAPS]:
-            kind = type(value)
-            if kind is staticmethod:
-                value, kind = value.__func__, type(value.__func__)
-            # by exact type: asking a lazily imported name for an attribute would import it. A wrapper is a closure, which is asked
-            # first: of the tens of thousands of functions few are
-            if kind is functools.partial or (
-                kind is FunctionType and value.__closure__ is not None and hasattr(value, "__wrapped__")
-            ):
-                found.append(value)
+        # by exact type: asking a lazily imported name for an attribute would import it. What wraps a function is a closure, and of
+        # tens of thousands of functions few are
+        for value in [v for v in values if type(v) in _WRAPS and (type(v) is not FunctionType or v.__closure__)]:
+            held = value.__func__ if type(value) is staticmethod else value
+            if type(held) is functools.partial or (type(held) is FunctionType and hasattr(held, "__wrapped__")):
+                found.append(held)
     return found
 
 
