@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from aiba_hooks.backbone import Backbone, Conditioning, MethodCall, Segment, SiteCall, Step
     from aiba_hooks.calls import AttentionCall
     from aiba_hooks.capturing import Capture, capture
-    from aiba_hooks.datasets import Dataset
+    from aiba_hooks.datasets import Dataset, UnknownSplit
     from aiba_hooks.errors import (
         AibaError,
         BackboneMismatch,
@@ -59,6 +59,7 @@ _HOME = {
     "Tag": "tagging",
     "TokenStream": "words",
     "UnknownBackbone": "errors",
+    "UnknownSplit": "datasets",
     "UnknownWord": "errors",
     "capture": "capturing",
     "mel_edges": "mel",
@@ -92,6 +93,7 @@ __all__ = [
     "Tag",
     "TokenStream",
     "UnknownBackbone",
+    "UnknownSplit",
     "UnknownWord",
     "capture",
     "hookimpl",

@@ -7,6 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 
+class UnknownSplit(ValueError):
+    """A dataset has no such split; the message names those that it has.
+
+    Attributes
+    ----------
+    known : the splits that it has, empty for a dataset without splits
+    """
+
+    def __init__(self, where: object, split: str, known: Sequence[str]) -> None:
+        super().__init__(f"{where} has no split {split!r}; it has {', '.join(known) or 'no splits'}")
+        self.known = tuple(known)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """How one kind of dataset is read from the user's own copy. Nothing is downloaded.
@@ -18,7 +31,7 @@ class Dataset:
     licence : one line on the terms of the music, for whoever publishes results or examples
     open : ``open(root, split=None)`` gives the pieces in a folder: a sequence of ``aiba_eval.datasets.Piece`` with an
         attribute ``skipped`` that says what was left out and why. ``split`` is one that the dataset has, or None for all;
-        an unknown one raises ``ValueError`` naming those that exist, a wrong folder ``FileNotFoundError``
+        an unknown one raises :class:`UnknownSplit`, a wrong folder ``FileNotFoundError``
     truth : what says where an instrument is: ``"stems"`` (its own audio, so that every mask can be made) or ``"notes"``
         (when it plays: knowledge bands and activity only)
     """

@@ -27,7 +27,7 @@ from aiba_eval.datasets import (
     stem_folder,
 )
 from aiba_eval.datasets.files import SILENCE
-from aiba_hooks import Dataset, hookimpl
+from aiba_hooks import Dataset, UnknownSplit, hookimpl
 from aiba_hooks.plugins import manager
 
 RATE = 16_000
@@ -650,7 +650,7 @@ def test_a_reader_of_somebody_else(fresh: Any, tmp_path: Path) -> None:
 
     def opened(root: Path, split: str | None = None, takes: int = 1) -> Pieces:
         if split not in (None, "live"):
-            raise ValueError(f"no split {split!r}; it has live")
+            raise UnknownSplit(root, split, ["live"])
         stem = datasets.Stem("guitar", "guitar", "guitar", None, False, root / "guitar.wav", None)
         piece = Piece("take", split, root, None, RATE, 1.0, "mine", "me", (stem,))
         return Pieces([piece] * takes, [Problem(root / "b.wav", "not tuned")])

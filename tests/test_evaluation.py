@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from typer.testing import CliRunner
 
 from aiba_eval.datasets import freedoom_root, slakh
@@ -28,6 +29,7 @@ from aiba_eval.evaluation import (
     evaluate_on,
     executing,
     items,
+    running,
     weights,
 )
 from aiba_eval.evaluation.reproduce import PUBLISHED, reproduce
@@ -376,6 +378,25 @@ def test_what_cannot_be_evaluated(unet, pieces, tmp_path):
         evaluate(unet.pipeline, pieces[:2], QUICK, out=tmp_path / "d", dask="local:1")
     with pytest.raises(CannotEvaluate, match="local:N"):
         evaluate("demo:unet", pieces[:2], QUICK, out=tmp_path / "e", dask="local:many", device="cpu")
+
+
+def test_a_dataset_without_splits_is_taken_whole(unet, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        running, "evaluate", lambda model, pieces, configuration, **options: given.update(options, pieces=pieces)
+    )
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for stem in ("bass", "drums"):
+            soundfile.write(tmp_path / name / f"{stem}.wav", np.full(16000, 0.1), 16000)
+    evaluate_on(unet, QUICK, dataset="stem-folder", root=tmp_path)
+    assert [piece.name for piece in given["pieces"]] == ["a", "b"]
+    assert given["training"] is None
+    assert given["validation"] == ()
+    with pytest.raises(CannotEvaluate, match="no split 'night'; it has no splits"):
+        evaluate_on(unet, QUICK, dataset="stem-folder", root=tmp_path, split="night")
+    with pytest.raises(CannotEvaluate, match="no split 'night'; it has validation, test"):
+        evaluate_on(unet, QUICK, dataset="slakh", split="night")
 
 
 def test_other_folders_are_left_alone(unet, pieces, tmp_path):

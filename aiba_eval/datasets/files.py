@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from aiba_hooks import UnknownSplit
+
 from .pieces import Note, Piece, Problem, Stem
 
 AUDIO = (".flac", ".wav")
@@ -57,10 +59,10 @@ def check_split(split: str | None, known: Sequence[str], where: Path) -> None:
 
     Raises
     ------
-    ValueError
+    UnknownSplit
     """
     if split is not None and split not in known:
-        raise ValueError(f"{where} has no split {split!r}; it has {', '.join(known) or 'no splits'}")
+        raise UnknownSplit(where, split, known)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from aiba_eval.loading import Loaded, weights_digest
 from aiba_eval.outputs import OutputFolder, write_json
 from aiba_eval.run import Progress, as_loaded, quiet, random_weights, versions
 from aiba_eval.scoring import MINIMUM_PIECES
+from aiba_hooks import UnknownSplit
 
 if TYPE_CHECKING:
     from aiba_eval.datasets import Piece
@@ -182,10 +183,10 @@ def evaluate_on(
     try:
         try:
             pieces = read(split)
-        except ValueError as error:
-            if "split" not in str(error) or split != "test":
+        except UnknownSplit as error:
+            if error.known or split != "test":  # the default
                 raise
-            pieces = read(None)  # a dataset without splits
+            pieces = read(None)
     except (FileNotFoundError, ValueError) as error:
         raise CannotEvaluate(str(error)) from error
     further: dict[str, Any] = {"training": None, "validation": ()}
@@ -194,8 +195,8 @@ def evaluate_on(
             continue
         try:
             found = read(name)
-        except ValueError:
-            continue  # it has no such split
+        except UnknownSplit:
+            continue
         if len(found):
             further[kind] = list(found)[:max_pieces]
     return evaluate(model, list(pieces)[:max_pieces], configuration, dataset=dataset, **further, **options)
