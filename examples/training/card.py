@@ -108,12 +108,20 @@ def training(facts: dict[str, Any]) -> str:
 
 
 def spans(runs: list[dict[str, Any]]) -> str:
-    """Batch and clip length, and from which step on."""
+    """Batch and clip length, how many mixes were made of every window, and from which step on."""
 
     def length(run: dict[str, Any]) -> str:
         return f"{run.get('columns', 25 * run['seconds']) / 25:g}"
 
-    return "; ".join(f"{run['batch']} × {length(run)} s from {run['from_step']}" for run in runs)
+    def what(run: dict[str, Any]) -> str:
+        several = f", {run['subsets']} mixes of every window," if run.get("subsets", 1) > 1 else ""
+        return f"{run['batch']} × {length(run)} s{several}"
+
+    found: list[tuple[str, int]] = []
+    for run in runs:
+        if not found or found[-1][0] != what(run):
+            found.append((what(run), run["from_step"]))
+    return "; ".join(f"{text} from {step}" for text, step in found)
 
 
 def figure(row: dict[str, Any]) -> str:

@@ -60,8 +60,9 @@ def main() -> None:
         known.write_text(json.dumps({**moments, "vae_step": state["step"]}))
     mean, std = channels(options.work)
     stacked = (stacked - mean[:, None, None]) / std[:, None, None]
+    about = {"instruments": instruments, "subsets": options.subsets}
     path = options.work / "data" / f"latents-{options.seconds:g}.safetensors"
-    save_file({"latents": stacked.half()}, str(path), {"about": json.dumps({"instruments": instruments})})
+    save_file({"latents": stacked.half()}, str(path), {"about": json.dumps(about)})
     print(path.name, tuple(stacked.shape), flush=True)
 
 

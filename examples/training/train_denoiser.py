@@ -70,7 +70,9 @@ def main() -> None:
     device = options.device
     with safe_open(str(options.work / "data" / f"latents-{options.seconds:g}.safetensors"), "pt") as file:
         latents = file.get_tensor("latents").to(device)
-        instruments = json.loads(file.metadata()["about"])["instruments"]
+        about = json.loads(file.metadata()["about"])
+    instruments = about["instruments"]
+    options.subsets = about.get("subsets")  # recorded with the run
     build = parts.audioldm2 if options.kind == "unet" else parts.mel_dit
     pipe = build(parts.vae(), parts.vocoder()).to(device)
     modules, predict = trained_modules(pipe, options.kind), prediction(pipe, options.kind, device, options.wordless)
