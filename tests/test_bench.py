@@ -373,6 +373,12 @@ def test_memory_grows_with_queries_words_and_steps_and_not_with_keys(grown):
     assert moved == pytest.approx({"tokens": 1, "steps": 3, "length": 43 / 22, "batch": 2})
 
 
+def test_what_is_held_beside_maps_is_one_selector(grown):
+    base, more = rows_at(grown, "words")[0], rows_at(grown, "tokens")[0]
+    columns = 2 + 4 + 1  # words, groups, and the sum of all keys
+    assert 0 < more["held"] - base["held"] <= 2 * (64 - 16) * columns * 4 * 1.1
+
+
 def test_averaged_steps_hold_the_same_whatever_their_number(grown):
     base, more = rows_at(grown, "words", "words-reduced")[0], rows_at(grown, "steps", "words-reduced")[0]
     assert base["maps"] == more["maps"]
