@@ -16,8 +16,12 @@ class UnknownSplit(ValueError):
     """
 
     def __init__(self, where: object, split: str, known: Sequence[str]) -> None:
-        super().__init__(f"{where} has no split {split!r}; it has {', '.join(known) or 'no splits'}")
+        super().__init__(where, split, known)  # all of them, so that it can be pickled
         self.known = tuple(known)
+
+    def __str__(self) -> str:
+        where, split, _ = self.args
+        return f"{where} has no split {split!r}; it has {', '.join(self.known) or 'no splits'}"
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,8 @@ class SourceWatch:
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.enabled and args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-            self._read[id(module)] = _Read(_Memory(args[0]), tuple(args[0].shape), _Memory(output))
+            if _has_memory(args[0]) and _has_memory(output):
+                self._read[id(module)] = _Read(_Memory(args[0]), tuple(args[0].shape), _Memory(output))
             self.ran.add(id(module))
             if self.on_read is not None:
                 self.on_read(module, args[0])
@@ -212,5 +213,10 @@ def _key(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Whether it has one memory and a shape: sparse and nested tensors have not."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _has_data(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() > 0
+    return isinstance(value, torch.Tensor) and _has_memory(value) and value.numel() > 0

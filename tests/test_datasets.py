@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import pickle
 import types
 from pathlib import Path
 from typing import Any
@@ -670,5 +671,7 @@ def test_a_reader_of_somebody_else(fresh: Any, tmp_path: Path) -> None:
     assert str(pieces.skipped[0]).endswith("b.wav: not tuned")
     assert sections(pieces[0], 0.5)[0].sounding == ("guitar",)
     assert datasets.available()["slakh"].summary == "another reader"
-    with pytest.raises(ValueError, match="it has live"):
+    with pytest.raises(UnknownSplit, match="it has live") as refused:
         datasets.open_dataset("rehearsals", tmp_path, split="studio")
+    again = pickle.loads(pickle.dumps(refused.value))  # a worker's error comes to its client
+    assert (str(again), again.known) == (str(refused.value), ("live",))

@@ -147,6 +147,21 @@ def test_what_lies_where_a_freed_tensor_lay_is_another_source():
     assert "to_q read [2, 64, 32]; to_k read [2, 64, 32]" in site.evidence
 
 
+def test_a_projection_may_read_what_has_no_one_memory():
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.attention = nn.Linear(32, 32), Attention()
+
+        def forward(self, x, weights):
+            return self.attention(x) + self.gate(weights).to_dense().sum()
+
+    model = Gate()
+    with torch.no_grad(), capture(model, keep="full", kinds=EVERY) as cap:
+        model(torch.randn(2, 16, 32), torch.eye(32).to_sparse())
+    assert [site.tag.kind for site in cap.sites] == ["self"]
+
+
 def test_watching_the_first_forward_keeps_no_tensor_of_the_models():
     class Deep(nn.Module):
         def __init__(self):
