@@ -85,6 +85,8 @@ def cross_scores(
     """
     if len(maps) != len(masks):
         raise ValueError(f"{len(maps)} maps and {len(masks)} masks: each map needs its own mask")
+    if metric == "average_precision" and not options:
+        return np.asarray([metrics.average_precisions(a, masks) for a in maps]).reshape(len(maps), len(masks))
     scores = [[metrics.evaluate(a, m, metrics=[metric], **options)[metric] for m in masks] for a in maps]
     return np.asarray(scores, float).reshape(len(maps), len(masks))
 

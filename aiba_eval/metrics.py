@@ -135,6 +135,40 @@ def average_precision(saliency: ArrayLike, mask: ArrayLike) -> float:
     return float(average_precision_score(target.ravel(), values.ravel()))
 
 
+def average_precisions(saliency: ArrayLike, masks: Sequence[ArrayLike]) -> Floats:
+    """:func:`average_precision` of one map against several masks, which takes one sort instead of one each.
+
+    Swaps need the score of every map against every mask: of 150 pieces those are 22500 for each word.
+
+    Parameters
+    ----------
+    saliency : array_like, shape (time, mel)
+    masks : sequence of array_like of bool, shape (time, mel)
+
+    Returns
+    -------
+    ndarray, shape (masks,)
+        Those of :func:`average_precision` but for rounding.
+
+    Raises
+    ------
+    ValueError
+        As :func:`validate`, of the first mask that is refused.
+    """
+    checked = [validate(saliency, mask) for mask in masks]
+    if not checked:
+        return np.zeros(0)
+    values = checked[0][0].ravel()
+    order = np.argsort(-values, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(values[order])), values.size - 1)  # the last of each group of tied cells
+    scores = []
+    for _, mask in checked:
+        hits = np.cumsum(mask.ravel()[order])[ends]
+        steps = np.diff(hits, prepend=0)
+        scores.append(float("nan") if _trivial(mask) else float((steps * (hits / (ends + 1))).sum() / hits[-1]))
+    return np.asarray(scores)
+
+
 def iou(saliency: ArrayLike, mask: ArrayLike, threshold: float = 0.5) -> float:
     """Intersection over union of the mask and the cells of the normalised map that lie strictly above a threshold.
 

@@ -56,6 +56,20 @@ def test_average_precision(pair):
     assert got == pytest.approx(average_precision_score(mask.ravel(), saliency.ravel()))
 
 
+@settings(max_examples=50)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 5, 1000]))
+def test_average_precisions_are_those_of_each_mask(seed, distinct):
+    rng = np.random.default_rng(seed)
+    saliency = rng.integers(distinct, size=SHAPE) / 7
+    masks = [rng.random(SHAPE) < share for share in (0.02, 0.3, 0.9)]
+    masks += [np.zeros(SHAPE, bool), np.ones(SHAPE, bool)]
+    expected = [metrics.average_precision(saliency, mask) for mask in masks]
+    np.testing.assert_allclose(metrics.average_precisions(saliency, masks), expected, rtol=1e-12)
+    assert metrics.average_precisions(saliency, []).shape == (0,)
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.average_precisions(saliency, [masks[0], masks[0][1:]])
+
+
 def test_average_precision_of_a_constant_map_is_the_area():
     mask = np.zeros(SHAPE, bool)
     mask[:2] = True
