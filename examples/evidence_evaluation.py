@@ -137,6 +137,11 @@ def number(value: float | None, signed: bool = False) -> str:
     )
 
 
+def rarity(p: float | None) -> str:
+    """A p-value."""
+    return "< .001" if p is not None and p < 0.0005 else number(p)
+
+
 def ends(row: dict[str, Any], signed: bool = False) -> str:
     """A value with its interval."""
     value = number(row["value"], signed)
@@ -167,7 +172,7 @@ def score_table(run: Run, target: str, word: str = "all") -> list[str]:
     return lines
 
 
-def page(runs: dict[str, Run], killed: dict[str, Any] | None, minutes: float) -> str:
+def page(runs: dict[str, Run], killed: dict[str, Any] | None) -> str:
     """docs/results.md."""
     first = next(iter(runs.values()))
     pieces = len({item.piece for item in first.items})
@@ -184,7 +189,7 @@ def page(runs: dict[str, Run], killed: dict[str, Any] | None, minutes: float) ->
         "of the training split. These are small models on rendered music: the figures say what the evaluation shows, not what large "
         "models do.",
         "",
-        f"Measured on {platform.machine()}, one core, torch {config['versions']['torch']}, in {minutes:.0f} min. Weights: "
+        f"Measured on {platform.machine()}, one core, torch {config['versions']['torch']}. Weights: "
         + ", ".join(
             f"`{run.record['configuration']['model']['name']}` {run.record['configuration']['model']['weights']}"
             for run in runs.values()
@@ -214,7 +219,7 @@ def page(runs: dict[str, Run], killed: dict[str, Any] | None, minutes: float) ->
                 found.setdefault((name.replace("_", " "), level), {})[row["contrast"]] = row
         for (name, level), both in found.items():
             cells = [
-                f"{ends(both[k], True)} | {number(both[k]['p'])}" if k in both else " | "
+                f"{ends(both[k], True)} | {rarity(both[k]['p'])}" if k in both else " | "
                 for k in ("word_swap", "piece_swap")
             ]
             text.append(f"| {name} | {level} | {' | '.join(cells)} |")
@@ -230,7 +235,7 @@ def page(runs: dict[str, Run], killed: dict[str, Any] | None, minutes: float) ->
             span = f"{number(row['difference'], True)} [{number(row['low'], True)}, {number(row['high'], True)}]"
             text.append(
                 f"| {config_name(run)} | {row['name'].replace('_', ' ')} | {row['measure'].replace('_', ' ')} | {row['level']} | "
-                f"{number(row['observed'])} | {number(row['control'])} | {span} | {number(row['p'])} | {row['count']} |"
+                f"{number(row['observed'])} | {number(row['control'])} | {span} | {rarity(row['p'])} | {row['count']} |"
             )
     text += [
         "",
@@ -284,7 +289,8 @@ def page(runs: dict[str, Run], killed: dict[str, Any] | None, minutes: float) ->
             "## Killed and resumed",
             "",
             f"A run over {killed['pieces']} pieces ({killed['items']} usable windows) was killed {killed['kills']} times at random "
-            f"(finished items after each kill: {', '.join(map(str, killed['items after each kill']))}) and started again each time. "
+            f"(items finished after each kill, those of the priors with them: {', '.join(map(str, killed['items after each kill']))}; a number "
+            "that stands still is a kill at start-up or in scoring) and started again each time. "
             f"Its {killed['files']} files are {'byte for byte those' if killed['killed is identical'] else 'NOT those'} of a run that was "
             f"left alone; those of two dask workers are {'too' if killed['workers are identical'] else 'NOT'}.",
         ]
@@ -334,11 +340,8 @@ def main() -> None:
         )
         for name in options.models.split(",")
     }
-    spent = options.out / "seconds.json"
-    seconds = json.loads(spent.read_text()) if spent.is_file() else 0.0
-    write_json(spent, seconds + time.perf_counter() - began)
     killed = None if options.without_killing else survives(options.stems, options.out)
-    text = page(runs, killed, json.loads(spent.read_text()) / 60)
+    text = page(runs, killed)
     (options.out / "results.md").write_text(text, encoding="utf-8")
     if options.page is not None:
         options.page.write_text(text, encoding="utf-8")
