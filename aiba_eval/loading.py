@@ -162,10 +162,12 @@ def threads_of(count: int | None) -> Iterator[None]:
     import torch
     from threadpoolctl import threadpool_limits
 
+    if count is None:
+        yield
+        return
     before = torch.get_num_threads()
     try:
-        if count is not None:
-            torch.set_num_threads(count)
+        torch.set_num_threads(count)
         with threadpool_limits(count):
             yield
     finally:

@@ -179,7 +179,7 @@ class SourceWatch:
         below = {id(module): name for name, module in site.named_modules()}
         self._read = {key: value for key, value in self._read.items() if key in below}
         produced = {read.made.key for read in self._read.values()}
-        named = {_key(value): name for name, value in reversed(list(arguments.items())) if _has_data(value)}
+        named = {_Memory(value).key: name for name, value in reversed(list(arguments.items())) if _has_data(value)}
         found: dict[tuple[int, int], Source] = {}
         for module, read in self._read.items():
             key = read.read.key
@@ -206,11 +206,6 @@ class SourceWatch:
 def _is_projection(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.ndim >= 2 and not isinstance(module, nn.Embedding)
-
-
-def _key(tensor: torch.Tensor) -> tuple[int, int]:
-    """As :class:`_Memory` has it, of a tensor that is alive."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:

@@ -178,17 +178,19 @@ def evaluate_on(
     where = freedoom_root() if root is None else Path(root)
 
     def read(name: str | None) -> Any:
-        return open_dataset(dataset, where, split=name)
+        try:
+            return open_dataset(dataset, where, split=name)
+        except UnknownSplit:
+            raise
+        except (FileNotFoundError, ValueError) as error:
+            raise CannotEvaluate(str(error)) from error
 
     try:
-        try:
-            pieces = read(split)
-        except UnknownSplit as error:
-            if error.known or split != "test":  # the default
-                raise
-            pieces = read(None)
-    except (FileNotFoundError, ValueError) as error:
-        raise CannotEvaluate(str(error)) from error
+        pieces = read(split)
+    except UnknownSplit as error:
+        if error.known or split != "test":  # the default
+            raise CannotEvaluate(str(error)) from error
+        pieces = read(None)
     further: dict[str, Any] = {"training": None, "validation": ()}
     for kind, name in (("training", training), ("validation", validation)):
         if name is None or name == split:

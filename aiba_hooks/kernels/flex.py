@@ -100,12 +100,11 @@ def _wrapping(modules: Sequence[Any]) -> list[Any]:
     spaces += map(vars, classes_of(modules))
     found = []
     for space in spaces:
-        values = list(space.values())
-        if _WRAPS.isdisjoint(map(type, values)):
-            continue  # nearly every instance of a module
         # by exact type: asking a lazily imported name for an attribute would import it. What wraps a function is a closure, and of
         # tens of thousands of functions few are
-        for value in [v for v in values if type(v) in _WRAPS and (type(v) is not FunctionType or v.__closure__)]:
+        for value in [
+            v for v in list(space.values()) if type(v) in _WRAPS and (type(v) is not FunctionType or v.__closure__)
+        ]:
             held = value.__func__ if type(value) is staticmethod else value
             if type(held) is functools.partial or (type(held) is FunctionType and hasattr(held, "__wrapped__")):
                 found.append(held)
