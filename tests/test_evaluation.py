@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -327,13 +329,19 @@ def test_a_worker_that_stays_follows_each_run(pieces, tmp_path, monkeypatch):
     used: list[Workshop] = []
     monkeypatch.setattr(executing, "attempt", lambda workshop, task: used.append(workshop))
     source = Source("demo:unet", "cpu", "float32")
+
+    def in_use(workshop):
+        workshop.loaded = threading.Lock()  # as a model, it cannot be pickled
+        return workshop
+
     first, second = (
-        executing.Order.of(Workshop(tmp_path, config, source, pieces[:1]))
+        pickle.loads(pickle.dumps(in_use(Workshop(tmp_path, config, source, pieces[:1]))))
         for config in (QUICK, changed(QUICK, noise_seeds=1))
     )
     for sent in (first, first, second):
         executing._attempt_there(sent, "own/a")
     assert used[0] is used[1]
+    assert not any("loaded" in vars(workshop) for workshop in used)
     assert [workshop.configuration.noise_seeds for workshop in used] == [0, 0, 1]
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import threading
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from aiba_eval.evaluation.configuration import CannotEvaluate
@@ -112,8 +111,8 @@ def on_dask(workshop: Workshop, where: str) -> Iterator[Executor]:
                 f"no dask scheduler at {where!r} ({error}): start one with `dask scheduler`, or give local:N"
             ) from error
         with client:
-            # what it is made of, not itself: workers hand it to each other, and one in use holds its model, which cannot be sent
-            shared = client.scatter(Order.of(workshop), broadcast=True)
+            # each worker has one, and with it the model, for as long as this client; not by content, or another run's would be found
+            shared = client.scatter(workshop, broadcast=True, hash=False)
             workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
             gpu = workshop.model.device.startswith("cuda") and any("GPU" in w["resources"] for w in workers.values())
             options: dict[str, Any] = {"resources": {"GPU": 1}} if gpu else {}
@@ -135,39 +134,12 @@ def on_dask(workshop: Workshop, where: str) -> Iterator[Executor]:
             cluster.close()
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a worker makes its workshop of.
-
-    Attributes
-    ----------
-    number : of this order, among all that a worker ever gets
-    arguments : of :class:`Workshop`
-    """
-
-    number: str
-    arguments: dict[str, Any]
-
-    @classmethod
-    def of(cls, workshop: Workshop) -> Order:
-        """An order for a workshop like this one."""
-        return cls(
-            uuid.uuid4().hex, {field.name: getattr(workshop, field.name) for field in fields(workshop) if field.init}
-        )
-
-
 _LOCK = threading.Lock()
-#: the workshop that this worker uses, by its order's number: one, so that one model is in memory
-_THERE: dict[str, Workshop] = {}
 
 
-def _attempt_there(order: Order, task: str) -> Outcome:
+def _attempt_there(workshop: Workshop, task: str) -> Outcome:
     """In a worker. What was read of earlier phases may be out of date for another phase, so that it is read again."""
     phase = task.rpartition("/")[0]
     with _LOCK:  # torch's number of threads is the process's
-        if order.number not in _THERE:
-            _THERE.clear()
-            _THERE[order.number] = Workshop(**order.arguments)
-        workshop = _THERE[order.number]
         workshop.forget(phase)
         return attempt(workshop, task)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,10 @@ class Workshop:
     _items: dict[str, dict[str, Item]] = field(default_factory=dict, init=False, repr=False)
     _averages: dict[int, dict[str, Floats]] = field(default_factory=dict, init=False, repr=False)
     _phase: str = field(default="", init=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What it is made of, without what it has loaded and read: a model cannot be sent, and workers hand it to each other."""
+        return Workshop, tuple(getattr(self, one.name) for one in fields(self) if one.init)
 
     # ---- the plan
 
