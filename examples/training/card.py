@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,7 @@ def spans(runs: list[dict[str, Any]]) -> str:
         several = f", {run['subsets']} mixes of every window," if run.get("subsets", 1) > 1 else ""
         return f"{run['batch']} × {length(run)} s{several}"
 
-    found: list[tuple[str, int]] = []
-    for run in runs:
-        if not found or found[-1][0] != what(run):
-            found.append((what(run), run["from_step"]))
-    return "; ".join(f"{text} from {step}" for text, step in found)
+    return "; ".join(f"{text} from {next(of)['from_step']}" for text, of in groupby(runs, what))
 
 
 def figure(row: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ EMPTY = 0.1
 WORDLESS = 0.5
 
 
-def unet_prediction(pipe: Any, device: str, wordless: float = WORDLESS) -> Callable[..., torch.Tensor]:
+def unet_prediction(pipe: Any, device: str, wordless: float) -> Callable[..., torch.Tensor]:
     """``predict(noised, timesteps, prompts, rng)`` of AudioLDM2's pipeline; in so many cases the generated stream has no words."""
 
     def predict(noised: torch.Tensor, timesteps: torch.Tensor, prompts: list[str], rng: Any) -> torch.Tensor:
@@ -112,7 +112,7 @@ def trained_modules(pipe: Any, kind: str) -> dict[str, torch.nn.Module]:
     return {name: getattr(pipe, name) for name in names[kind]}
 
 
-def prediction(pipe: Any, kind: str, device: str, wordless: float = WORDLESS) -> Callable[..., torch.Tensor]:
+def prediction(pipe: Any, kind: str, device: str, wordless: float) -> Callable[..., torch.Tensor]:
     """How this kind of pipeline calls its denoiser in training."""
     return unet_prediction(pipe, device, wordless) if kind == "unet" else dit_prediction(pipe, device)
 
