@@ -4,7 +4,10 @@ A clip is a window of a piece in which two or more instruments play; some of the
 What each word is scored against is made of the stems:
 
 ``dominance``
-    Cells where the instrument holds more than half of the power (:func:`aiba_eval.templates.dominance_mask`).
+    Cells where the instrument holds more than half of the power, down to 40 dB below the loudest cell of the mix
+    (:func:`aiba_eval.templates.dominance_mask`).
+``dominance_60``
+    The same down to 60 dB. Log-mels, which is what models are trained on, show that as well: quiet cymbals over a loud bass.
 ``energy``
     Cells where it sounds, whatever else does (:func:`aiba_eval.templates.energy_mask`).
 ``share``
@@ -29,7 +32,7 @@ from aiba_eval.probe import normalise
 if TYPE_CHECKING:
     from aiba_eval.datasets import Piece
 
-TARGETS = ("dominance", "energy", "share")
+TARGETS = ("dominance", "dominance_60", "energy", "share")
 #: mean square below which an instrument does not play in a window: −60 dB of full scale
 SILENCE = 1e-6
 #: windows drawn for each that is wanted, since instruments rest
@@ -48,7 +51,7 @@ class Clip:
     absent : instruments that the piece does not have
     mix : float32 (samples,), mean removed, peak 0.5
     sample_rate : hertz
-    targets : target → word → (time, mel): a boolean mask for ``dominance`` and ``energy``, a share in [0, 1] for ``share``
+    targets : target → word → (time, mel): a share in [0, 1] for ``share``, else a boolean mask
     """
 
     piece: str
@@ -134,6 +137,7 @@ def _clips_of(
         power = {name: grid.power(parts[name], rate) for name in chosen}
         targets: dict[str, dict[str, NDArray[Any]]] = {
             "dominance": {name: templates.dominance_mask(power, name) for name in chosen},
+            "dominance_60": {name: templates.dominance_mask(power, name, floor_db=-60.0) for name in chosen},
             "energy": {name: templates.energy_mask(power[name]) for name in chosen},
             "share": {name: templates.soft_share(power, name) for name in chosen},
         }

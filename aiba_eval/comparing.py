@@ -9,8 +9,8 @@ of these, in random order, are summed to a mix and named by the prompt ("bass, d
 **Maps** (:mod:`aiba_eval.clip_maps`). *Attention*: the word's cross-attention on the noised latent of the mix, projected. *Effect*: what the
 predicted log-mel loses without the word: the prompt against the same list less the word.
 
-**Targets.** ``dominance``: cells where the instrument holds more than half of the power, by average precision (AP).
-``energy``: cells where it sounds, by AP. ``share``: its share of the power, by Spearman's ρ over cells.
+**Targets.** ``dominance``: cells where the instrument holds more than half of the power, by average precision (AP);
+``dominance_60``: with quieter cells too. ``energy``: cells where it sounds, by AP. ``share``: its share of the power, by Spearman's ρ over cells.
 An effect map agrees with a dominance mask partly by definition; the other two are less close to what it measures.
 
 **Measures**, of a word w in clip c, with s(map, target) the score::
@@ -82,7 +82,7 @@ FEWEST = 3
 #: clips of other pieces that a map is swapped with
 PARTNERS = 4
 #: of what is measured on a clip: stored results of another version are not mixed with new ones
-METHOD = 1
+METHOD = 2
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Comparison:
         ``pieces``
     tests : one dict per paired test: ``map``, ``level``, ``target``, ``measure``, ``difference`` (first model less second), ``p``,
         ``p_holm``, ``pieces``
-    fresh : one dict per figure of re-initialised models: ``model``, ``map``, ``level``, ``measure``, ``value`` (the model's own),
-        ``fresh`` (one per initialisation), ``p`` = (1 + #fresh ≥ value) / (1 + #fresh), ``outside`` (above all of them, or for
+    fresh : one dict per figure of re-initialised models: ``model``, ``map``, ``level``, ``target``, ``measure``, ``value`` (the
+        model's own), ``fresh`` (one per initialisation), ``p`` = (1 + #fresh ≥ value) / (1 + #fresh), ``outside`` (above all of them, or for
         ``neutral_share`` below)
     profiles : one dict per model, level and attention site: ``entropy``, ``word_mass``, ``padding_mass``, ``special_mass``, means
         over clips (see :class:`aiba_eval.diagnostics.SiteSummary`)
@@ -525,7 +525,7 @@ class _Run:
         }
 
     def fresh(self, rebuild: Callable[[Any, int], Any], count: int) -> dict[tuple[str, str], list[float]]:
-        """(model, "map level measure") → the figure over all words, for each of ``count`` initialisations."""
+        """(model, "map level target measure") → the figure over all words, for each of ``count`` initialisations."""
         drawn: dict[tuple[str, str], list[float]] = defaultdict(list)
         done, total = 0, count * len(self.models) * len(self.clips)
         for number in range(count):
@@ -549,15 +549,23 @@ class _Run:
     def _means(self, of: Sequence[ClipMaps]) -> dict[str, float]:
         found: dict[str, float] = {}
         for _, kind, level, maps in self.sources({"": of}):
-            records = _contrasts(self.clips, maps, "dominance", self.partners)
-            for measure in MEASURES:
-                found[f"{kind} {level} {measure}"] = _mean(_per_piece(records, measure).values())
+            for target in TARGETS:
+                records = _contrasts(self.clips, maps, target, self.partners)
+                for measure in MEASURES:
+                    found[_fresh_key(kind, level, target, measure)] = _mean(_per_piece(records, measure).values())
         for (_, level), mass in self.masses({"": of}).items():
             present, neutral = (_mean(mass.roles(role).values()) for role in ("present", "neutral"))
-            found[f"effect {level} neutral_share"] = neutral / present if present > 0 else float("nan")
-            found[f"effect {level} presence"] = _mean(mass.presence().values())
-            found[f"effect {level} presence_by_word"] = mass.presence_by_word()
+            shown = {
+                "neutral_share": neutral / present if present > 0 else float("nan"),
+                "presence": _mean(mass.presence().values()),
+                "presence_by_word": mass.presence_by_word(),
+            }
+            found |= {_fresh_key("effect", level, "", measure): value for measure, value in shown.items()}
         return found
+
+
+def _fresh_key(kind: str, level: int | None, target: str, measure: str) -> str:
+    return f"{kind} {level} {target} {measure}"
 
 
 def _has_effects(of: Sequence[ClipMaps]) -> bool:
@@ -877,8 +885,8 @@ def _beside_fresh(rows: Sequence[Row], drawn: Mapping[tuple[str, str], Sequence[
     """The figures over all words beside the same figures of fresh initialisations."""
     found = []
     for row in rows:
-        values = drawn.get((row["model"], f"{row['map']} {row['level']} {row['measure']}"))
-        if values is None or row["word"] != "all" or row["target"] not in ("", "dominance"):
+        values = drawn.get((row["model"], _fresh_key(row["map"], row["level"], row["target"], row["measure"])))
+        if values is None or row["word"] != "all":
             continue
         finite = [value for value in values if np.isfinite(value)]
         if not finite or not np.isfinite(row["value"]):
@@ -888,7 +896,7 @@ def _beside_fresh(rows: Sequence[Row], drawn: Mapping[tuple[str, str], Sequence[
         beyond = row["value"] < min(finite) if less else row["value"] > max(finite)
         found.append(
             {
-                **{name: row[name] for name in ("model", "map", "level", "measure", "value")},
+                **{name: row[name] for name in ("model", "map", "level", "target", "measure", "value")},
                 "fresh": finite,
                 "p": permutation_p(row["value"], finite, alternative="less" if less else "greater"),
                 "outside": bool(beyond),

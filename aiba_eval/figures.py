@@ -329,7 +329,8 @@ def contrast_figure(
             axes.bar(at, values - base, width * 0.92, bottom=base, color=colour, alpha=0.75, label=model)
             axes.vlines(at, low, high, color="black", linewidth=1.2)
             for x, row in zip(at, chosen, strict=True):
-                drawn = [f["fresh"] for f in fresh if all(f[k] == row[k] for k in ("model", "map", "level", "measure"))]
+                same = ("model", "map", "level", "target", "measure")
+                drawn = [f["fresh"] for f in fresh if all(f[k] == row[k] for k in same)]
                 if drawn:
                     box = (x - width * 0.3, min(drawn[0]), width * 0.6, max(max(drawn[0]) - min(drawn[0]), 1e-4))
                     axes.add_patch(_rectangle(*box))

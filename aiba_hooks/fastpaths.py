@@ -9,7 +9,7 @@ the coverage audit looks away inside torch's own modules, where nothing is left 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -62,8 +62,10 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def without_hooks(modules: Iterable[nn.Module]) -> set[int]:
+def without_hooks(modules: Sequence[nn.Module]) -> set[int]:
     """Ids of those of ``modules`` that must have no hooks."""
+    if not any(issubclass(kind, nn.TransformerEncoderLayer) for kind in set(map(type, modules))):
+        return set()
     layers = (m for m in modules if isinstance(m, nn.TransformerEncoderLayer) and _is_torchs(m))
     return {id(module) for layer in layers for module in layer.modules()}
 

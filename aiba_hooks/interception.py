@@ -284,17 +284,23 @@ def classes_of(modules: Iterable[Any]) -> list[type]:
     return list(dict.fromkeys(cls for kind in kinds for cls in kind.__mro__))
 
 
-#: packages that know nothing of torch: with them go three in five of the names that would be looked through
-_WITHOUT_TORCH = frozenset({*sys.stdlib_module_names, "numpy", "scipy", "sympy", "mpmath"})
+#: packages that make no attention of torch's: with them go most of the names that would be looked through
+_WITHOUT_TORCH = frozenset(sys.stdlib_module_names).union(
+    "numpy scipy sympy mpmath pandas pyarrow xarray narwhals sklearn joblib numba llvmlite triton librosa".split(),
+    "matplotlib mpl_toolkits pyparsing fontTools PIL jinja2 rich typer click tqdm pluggy attr attrs regex psutil".split(),
+    "dask distributed tornado toolz tlz trio anyio urllib3 requests h11 httpx httpx2 httpcore httpcore2 yaml".split(),
+    "huggingface_hub tokenizers safetensors filelock charset_normalizer packaging dateutil".split(),
+)
 
 
 def loaded_modules() -> list[ModuleType]:
     """Imported modules whose globals may hold a kernel; torch's own look theirs up by attribute."""
-    return [
-        module
-        for name, module in list(sys.modules.items())
-        if module is not None and not name.startswith("torch.") and name.partition(".")[0] not in _WITHOUT_TORCH
-    ]
+    return [module for name, module in list(sys.modules.items()) if module is not None and _may_hold(name)]
+
+
+@functools.cache
+def _may_hold(name: str) -> bool:
+    return not name.startswith("torch.") and name.partition(".")[0] not in _WITHOUT_TORCH
 
 
 def _dict_of(namespace: Any) -> Any:

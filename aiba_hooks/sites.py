@@ -82,18 +82,17 @@ class Site:
 def site_names(root: nn.Module) -> dict[int, str]:
     """id(module) → dotted name below ``root``, without the components that wrappers insert."""
     names: dict[int, str] = {}
-
-    def visit(module: nn.Module, name: str) -> None:
+    waiting = [("", root)]
+    while waiting:
+        name, module = waiting.pop()
         if id(module) in names:
-            return
+            continue
         names[id(module)] = name
-        for child_name, child in module.named_children():
-            hidden = child_name in _WRAPPER_COMPONENTS or (
-                child_name == "module" and type(module).__name__ in _MODULE_WRAPPERS
-            )
-            visit(child, name if hidden else f"{name}.{child_name}" if name else child_name)
-
-    visit(root, "")
+        wraps = type(module).__name__ in _MODULE_WRAPPERS
+        for child_name, child in reversed(module._modules.items()):
+            if child is not None:
+                hidden = child_name in _WRAPPER_COMPONENTS or (wraps and child_name == "module")
+                waiting.append((name if hidden else f"{name}.{child_name}" if name else child_name, child))
     return names
 
 
@@ -158,9 +157,9 @@ class SourceWatch:
         self._handles = [
             module.register_forward_hook(self._hook)
             for module in modules
-            if id(module) not in unhooked
-            and all(child is None for child in module._modules.values())
+            if not any(child is not None for child in module._modules.values())
             and _is_projection(module)
+            and id(module) not in unhooked
         ]
         self.enabled = False
         #: told of every projection that ran, with what it read: ``(module, input)``

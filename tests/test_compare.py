@@ -472,11 +472,16 @@ def test_a_figure_stands_outside_its_fresh_distribution_or_not():
         {**row, "word": "bass", "value": 9.0},
         {**row, "level": 300, "value": 9.0},
     ]
-    drawn = {("m", "effect 5 word_swap"): [0.0, 0.1, 0.2], ("m", "effect 5 neutral_share"): [0.05, 0.5]}
+    drawn = {
+        ("m", "effect 5 dominance word_swap"): [0.0, 0.1, 0.2],
+        ("m", "effect 5 energy word_swap"): [9.5, 0.1],
+        ("m", "effect 5  neutral_share"): [0.05, 0.5],
+    }
     found = _beside_fresh(rows, drawn)
-    assert [(f["measure"], f["outside"], f["p"]) for f in found] == [
-        ("word_swap", True, 1 / 4),
-        ("neutral_share", False, 2 / 3),
+    assert [(f["measure"], f["target"], f["outside"], f["p"]) for f in found] == [
+        ("word_swap", "dominance", True, 1 / 4),
+        ("neutral_share", "", False, 2 / 3),
+        ("word_swap", "energy", False, 2 / 3),
     ]
     assert not _beside_fresh([{**row, "value": 0.2}], drawn)[0]["outside"]
 
@@ -608,12 +613,15 @@ def test_fresh_weights_are_stored_one_by_one(music, tmp_path):
     two = compare(Pipe("text"), Pipe("audio"), music[:3], reinitialisations=2, **options)
     assert built[2:] == [("text", 1), ("audio", 1)]
     assert {len(row["fresh"]) for row in one.fresh} == {1}
-    fresh = {(row["model"], row["map"], row["measure"]): row for row in two.fresh}
+    fresh = {(row["model"], row["map"], row["measure"]): row for row in two.fresh if row["target"] in ("", "dominance")}
     # the first of each is a model that reads, the second one that hears: the figures that compare reports of these
     for measure in ("score", "word_swap", "piece_swap", "presence", "neutral_share"):
         expected = [two.find(measure, model=m, map="effect", level=5)["value"] for m in ("text", "audio")]
         for model in ("text", "audio"):
             assert fresh[model, "effect", measure]["fresh"] == pytest.approx(expected, abs=1e-9)
+    # against every target, for every kind of map; this attention is constant, and has no correlation with shares
+    held = {(row["map"], row["target"]) for row in two.fresh if row["measure"] == "word_swap"}
+    assert held == {(kind, target) for kind in ("attention", "effect") for target in TARGETS} - {("attention", "share")}
     assert not fresh["text", "effect", "piece_swap"]["outside"]
     assert any("2 fresh initialisations: intervals" in note for note in two.notes)
 
@@ -795,30 +803,35 @@ def test_the_evidence_says_what_is_shown_and_what_is_not(result, tmp_path):
 
     rows = [
         row(0.2, 0.1, measure="word_swap", target="dominance", level=300),
+        row(0.18, 0.1, measure="word_swap", target="dominance_60", level=300),
         row(0.04, -0.01, measure="piece_swap", target="dominance", level=300),
+        row(0.04, 0.01, measure="piece_swap", target="dominance_60", level=300),
         row(0.8, 0.7, measure="presence", level=800),
         row(0.1, 0.05, measure="neutral_share", level=300),
         row(0.3, 0.2, measure="neutral_share", level=800),
     ]
-    keys = ("model", "map", "level", "measure")
-    fresh = [{**{k: r[k] for k in keys}, "fresh": [0.0, 0.01], "outside": True} for r in rows[:2]]
+    keys = ("model", "map", "level", "target", "measure")
+    fresh = [{**{k: r[k] for k in keys}, "fresh": [0.0, 0.01], "outside": True} for r in rows[:3]]
     made = dataclasses.replace(result, models=script.MODELS, rows=rows, fresh=fresh)
     shown = script.requirements(made)
-    met = {(r["measure"], r["level"]): (r["met"], r["outside_fresh"]) for r in shown}
+    met = {(r["measure"], r["target"], r["level"]): (r["met"], r["outside_fresh"]) for r in shown}
     assert met == {
-        ("word_swap", 300): (True, True),
-        ("piece_swap", 300): (False, True),  # its interval is not above 0
-        ("presence", 800): (True, None),
-        ("neutral_share", 300): (True, None),
-        ("neutral_share", 800): (False, None),
+        ("word_swap", "dominance", 300): (True, True),
+        ("word_swap", "dominance_60", 300): (False, True),
+        ("piece_swap", "dominance", 300): (False, True),  # its interval is not above 0
+        ("piece_swap", "dominance_60", 300): (True, None),
+        ("presence", "", 800): (True, None),
+        ("neutral_share", "", 300): (True, None),
+        ("neutral_share", "", 800): (False, None),
     }
     text = script.document(made, shown, 60)
     assert (
-        "| demo:dit effect t = 300 word_swap | at least 0.19, interval above 0 | 0.200 [0.100, 0.900], n = 22 |" in text
+        "| demo:dit effect t = 300 word_swap (dominance) | at least 0.19, interval above 0 | 0.200 [0.100, 0.900], n = 22 |"
+        in text
     )
     assert [line.endswith("| shown |") for line in text.splitlines() if line.startswith("| demo:dit effect t")] == [
         True,
-        *[False] * 4,
+        *[False] * 6,
     ]
 
 
@@ -850,7 +863,8 @@ def test_the_side_by_side_figure_has_a_row_for_each_word_and_a_scale_for_each_co
 
 
 def test_the_contrast_figure_draws_values_intervals_and_fresh_ranges(result):
-    fresh = [{"model": "audio", "map": "effect", "level": 5, "measure": "word_swap", "fresh": [-0.1, 0.05]}]
+    key = {"model": "audio", "map": "effect", "level": 5, "target": "dominance", "measure": "word_swap"}
+    fresh = [{**key, "fresh": [-0.1, 0.05]}]
     figure = figures.contrast_figure(result.rows, result.models, fresh)
     panels = {axes.get_title(): axes for axes in figure.axes}
     assert set(panels) == {"AP − chance", "word swap (AP)", "piece swap (AP)", "presence (AUROC)"}

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
+from aiba_hooks.interception import classes_of
 from aiba_hooks.kernel import Kernel
 from aiba_hooks.specs import hookimpl
 from aiba_plugins.kernels.arguments import first, like, refuse
@@ -112,8 +113,9 @@ class UpcastAttention(Kernel):
 
     def places(self, modules: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
         method = "_upcast_and_reordered_attn"
-        for cls in {cls for module in modules for cls in type(module).__mro__ if method in vars(cls)}:
-            yield cls, method, vars(cls)[method]
+        for cls in classes_of(modules):
+            if method in vars(cls):
+                yield cls, method, vars(cls)[method]
 
     def read(self, function: Callable[..., Any], arguments: Mapping[str, Any], output: Any) -> AttentionCall | None:
         from aiba_hooks.calls import AttentionCall
@@ -125,7 +127,7 @@ class UpcastAttention(Kernel):
 
 def _files(modules: Sequence[Any]) -> list[Any]:
     """The Python modules that define the classes of the target."""
-    names = {cls.__module__: None for module in modules for cls in type(module).__mro__}
+    names = dict.fromkeys(cls.__module__ for cls in classes_of(modules))
     return [sys.modules[name] for name in names if name in sys.modules]
 
 
