@@ -287,10 +287,12 @@ def classes_of(modules: Iterable[Any]) -> list[type]:
 #: packages that make no attention of torch's: with them go most of the names that would be looked through
 # fmt: off
 _WITHOUT_TORCH = sys.stdlib_module_names | {
-    "numpy", "scipy", "sympy", "mpmath", "pandas", "pyarrow", "xarray", "narwhals", "sklearn", "joblib", "numba", "llvmlite", "triton", "librosa",
-    "matplotlib", "mpl_toolkits", "pyparsing", "fontTools", "PIL", "jinja2", "rich", "typer", "click", "tqdm", "pluggy", "attr", "attrs", "regex", "psutil",
-    "dask", "distributed", "tornado", "toolz", "tlz", "trio", "anyio", "urllib3", "requests", "h11", "httpx", "httpx2", "httpcore", "httpcore2", "yaml",
-    "huggingface_hub", "tokenizers", "safetensors", "filelock", "charset_normalizer", "packaging", "dateutil",
+    "numpy", "scipy", "sympy", "mpmath", "pandas", "pyarrow", "xarray", "narwhals", "sklearn", "joblib", "numba",
+    "llvmlite", "triton", "librosa", "matplotlib", "mpl_toolkits", "pyparsing", "fontTools", "PIL", "jinja2",
+    "rich", "typer", "click", "tqdm", "pluggy", "attr", "attrs", "regex", "psutil", "dask", "distributed",
+    "tornado", "toolz", "tlz", "trio", "anyio", "urllib3", "requests", "h11", "httpx", "httpx2", "httpcore",
+    "httpcore2", "yaml", "huggingface_hub", "tokenizers", "safetensors", "filelock", "charset_normalizer",
+    "packaging", "dateutil",
 }
 # fmt: on
 
