@@ -287,7 +287,7 @@ def test_checks_are_reduced_together_and_kept_apart():
 
 
 def test_what_waits_is_bounded(monkeypatch):
-    monkeypatch.setattr("aiba_hooks.checks.WAITING", 100)
+    monkeypatch.setattr("aiba_hooks.checks.WAITING", {"cpu": 100})
     log = CheckLog()
     for index in range(10):
         log.note(("site", index % 2), columns(torch.ones(1, 1, 10), torch.full((1, 1, 10), 2.0)))
