@@ -1,6 +1,8 @@
 """Evidence for effect maps and attention of the embedded pair, on held-out pieces of a rendered stem set.
 
-    python examples/evidence_effects.py --stems STEMS --out evidence-effects              # everything; goes on where it stopped
+    python examples/evidence_effects.py --stems STEMS --out sweep --split validation --timesteps 300 400 500 600 700 800 900 \\
+        --reinitialisations 0
+    python examples/evidence_effects.py --stems STEMS --out evidence-effects --sweep sweep --page docs/results-effects.md
     python examples/evidence_effects.py --stems STEMS --out trial --pieces 4 --reinitialisations 1 --draws 1
 
 `aiba_eval.compare` measures (its module says what each figure is); this script chooses the material, and holds the figures of the
@@ -12,19 +14,25 @@ at both                  neutral edits below a quarter of a present word's effec
 everywhere               outside the distribution over 20 fresh initialisations
 
 Low noise is t = 300, and beside it t = 600: there the sum of the transformer's word swap and piece swap was largest on the
-validation split (``--split validation --timesteps 300 400 500 600 700 800 900 --reinitialisations 0``). Swaps are held against two
-dominance masks: cells down to 40 dB below the loudest of the mix, and down to 60 dB.
+validation split (the first command; both go on where they stopped). Swaps are held against two dominance masks: cells down to 40 dB
+below the loudest of the mix, and down to 60 dB.
 
-The folder holds what `aiba compare` writes, and `evidence.json` and `evidence.md`: the table for both models and both kinds of map.
+The folder holds what `aiba compare` writes, and `evidence.json` and `evidence.md`: the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from aiba_eval.clips import TARGETS
 from aiba_eval.comparing import Comparison, compare_on
@@ -86,35 +94,104 @@ def requirements(result: Comparison) -> list[dict[str, Any]]:
     return found
 
 
+def decimal(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−")
+
+
+def spread(row: dict[str, Any]) -> str:
+    """A value with its interval, if it has one."""
+    ends = f" [{decimal(row['low'])}, {decimal(row['high'])}]" if math.isfinite(row["low"]) else ""
+    return decimal(row["value"]) + ends
+
+
 def against(row: dict[str, Any]) -> str:
     return f" ({row['target']})" if row["target"] else ""
 
 
-def document(result: Comparison, shown: list[dict[str, Any]], seconds: float) -> str:
-    """The evidence in Markdown."""
-    lines = ["# Effect maps of the embedded pair", "", "| figure | wanted | value | fresh | |", "|---|---|---|---|---|"]
+def asked(shown: list[dict[str, Any]]) -> list[str]:
+    """What has to be shown, and whether it is."""
+    lines = ["| figure | wanted | value | fresh | |", "|---|---|---|---|---|"]
     for row in shown:
         name = f"{row['model']} {row['map']} t = {row['level']} {row['measure']}{against(row)}"
-        value = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}], n = {row['pieces']}"
-        fresh = f"{row['fresh'][0]:.3f} to {row['fresh'][1]:.3f}" if row["fresh"] else "not measured"
+        fresh = " to ".join(map(decimal, row["fresh"])) or "not measured"
         state = "shown" if row["met"] and row["outside_fresh"] else "not shown"
-        lines.append(f"| {name} | {row['wanted']} | {value} | {fresh} | {state} |")
+        lines.append(f"| {name} | {row['wanted']} | {spread(row)}, n = {row['pieces']} | {fresh} | {state} |")
+    return lines
+
+
+def swept(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Word swap and piece swap of the transformer's effect maps at every level of a sweep."""
+    lines = ["| t | target | word swap | piece swap |", "|---|---|---|---|"]
+    of = [
+        r
+        for r in rows
+        if (r["model"], r["map"], r["word"]) == (MODELS[1], "effect", "all") and r["target"] in DOMINANCE
+    ]
+    found = {(r["level"], r["target"], r["measure"]): r for r in of}
+    for level, target in dict.fromkeys((r["level"], r["target"]) for r in of):
+        cells = [spread(found[level, target, measure]) for measure in ("word_swap", "piece_swap")]
+        lines.append(f"| {level} | {target} | {' | '.join(cells)} |")
+    return lines
+
+
+def beside_fresh(result: Comparison) -> list[str]:
+    """Swaps, presence and neutral edits of both models beside what fresh initialisations have."""
+    lines = ["| map | t | measure | value | fresh, lowest to highest | p | outside |", "|---|---|---|---|---|---|---|"]
+    for row in result.fresh:
+        if row["measure"] in ("word_swap", "piece_swap", "presence", "neutral_share") and row["target"] in (
+            "",
+            *DOMINANCE,
+        ):
+            ends = f"{decimal(min(row['fresh']))} to {decimal(max(row['fresh']))}"
+            lines.append(
+                f"| {row['model']} {row['map']} | {row['level']} | {row['measure']}{against(row)} | {decimal(row['value'])} | {ends} "
+                f"| {row['p']:.3f} | {'yes' if row['outside'] else 'no'} |"
+            )
+    return lines
+
+
+def document(result: Comparison, shown: list[dict[str, Any]], sweep: Sequence[dict[str, Any]] = ()) -> str:
+    """The page."""
+    made = result.record["configuration"]
+    weights = ", ".join(f"`{label}` {of['weights']}" for label, of in made["models"].items())
+    lines = [
+        "# Effect maps and attention of the embedded pair",
+        "",
+        "Written by [`examples/evidence_effects.py`](../examples/evidence_effects.py); do not edit.",
+        "",
+        f"{len(result.record['clips'])} clips of {made['seconds']:g} s of {len(made['pieces'])} held-out pieces of a set that "
+        "`aiba stems render` made of freely licensed MIDI; two to four instruments each, named by the prompt. "
+        f"{made['draws']} draws of noise at every level, seed {made['seed']}; maps, targets and measures are those of "
+        "[`compare`](comparing.md). The piece is the unit; 95 % BCa intervals. *Fresh* is the range over "
+        f"{result.record['reinitialisations']} initialisations. These are small models on rendered music: the figures say what the "
+        "methods show, not what large models do.",
+        "",
+        f"Measured on {platform.machine()}, torch {torch.__version__}. Weights: {weights}.",
+        "",
+        "## What was asked of the transformer's effect maps",
+        "",
+        *asked(shown),
+    ]
+    if sweep:
+        lines += ["", "## Noise levels, on the validation split", "", *swept(sweep)]
     for target in TARGETS:
         lines += ["", f"## Against {target}", "", result.markdown(target=target, measures=MEASURES).rstrip()]
-    lines += [
-        "",
-        "## One model against the other",
-        "",
-        "| map | t | measure | difference | p | Holm |",
-        "|---|---|---|---|---|---|",
-    ]
+    if result.fresh:
+        lines += ["", "## Beside fresh initialisations", "", *beside_fresh(result)]
+    if result.tests:
+        lines += [
+            "",
+            "## One model against the other",
+            "",
+            "| map | t | measure | difference | p | Holm |",
+            "|---|---|---|---|---|---|",
+        ]
     for test in result.tests:
-        difference = f"{test['difference']:.3f} [{test['low']:.3f}, {test['high']:.3f}]"
+        difference = spread({**test, "value": test["difference"]})
         lines.append(
             f"| {test['map']} | {test['level']} | {test['measure']} | {difference} | {test['p']:.4f} | {test['p_holm']:.4f} |"
         )
-    lines += ["", *(f"- {note}" for note in result.notes), f"- this run took {seconds / 60:.0f} min"]
-    return "\n".join(lines).replace("-0.", "−0.") + "\n"
+    return "\n".join([*lines, "", "## Notes", "", *(f"- {note}" for note in result.notes)]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -130,6 +207,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reinitialisations", type=int, default=20)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--sweep", type=Path, default=None, help="folder of a run at many levels, to tell of on the page"
+    )
+    parser.add_argument("--page", type=Path, default=None, help="write the page there too")
     options = parser.parse_args(arguments)
     pipes = [trained.load(kind, options.weights) for kind in ("unet", "dit")]
     for pipe in pipes:
@@ -156,10 +237,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         progress=progress,
     )
     shown = requirements(result)
-    seconds = time.perf_counter() - began
-    write_json(options.out / "evidence.json", {"requirements": shown, "seconds": seconds, **result.as_dict()})
-    text = document(result, shown, seconds)
+    write_json(options.out / "evidence.json", {"requirements": shown, **result.as_dict()})
+    sweep = json.loads((options.sweep / "results.json").read_text(encoding="utf-8"))["rows"] if options.sweep else ()
+    text = document(result, shown, [{**row, "low": row["low"] or math.nan} for row in sweep])
     (options.out / "evidence.md").write_text(text, encoding="utf-8")
+    if options.page is not None:
+        options.page.write_text(text, encoding="utf-8")
     print(text)
     return shown
 

@@ -810,8 +810,8 @@ def test_the_evidence_says_what_is_shown_and_what_is_not(result, tmp_path):
         row(0.1, 0.05, measure="neutral_share", level=300),
         row(0.3, 0.2, measure="neutral_share", level=800),
     ]
-    keys = ("model", "map", "level", "target", "measure")
-    fresh = [{**{k: r[k] for k in keys}, "fresh": [0.0, 0.01], "outside": True} for r in rows[:3]]
+    keys = ("model", "map", "level", "target", "measure", "value")
+    fresh = [{**{k: r[k] for k in keys}, "fresh": [-0.01, 0.02], "p": 1 / 3, "outside": True} for r in rows[:3]]
     made = dataclasses.replace(result, models=script.MODELS, rows=rows, fresh=fresh)
     shown = script.requirements(made)
     met = {(r["measure"], r["target"], r["level"]): (r["met"], r["outside_fresh"]) for r in shown}
@@ -824,7 +824,7 @@ def test_the_evidence_says_what_is_shown_and_what_is_not(result, tmp_path):
         ("neutral_share", "", 300): (True, None),
         ("neutral_share", "", 800): (False, None),
     }
-    text = script.document(made, shown, 60)
+    text = script.document(made, shown, [r | {"high": 0.3} for r in rows])
     assert (
         "| demo:dit effect t = 300 word_swap (dominance) | at least 0.19, interval above 0 | 0.200 [0.100, 0.900], n = 22 |"
         in text
@@ -833,6 +833,9 @@ def test_the_evidence_says_what_is_shown_and_what_is_not(result, tmp_path):
         True,
         *[False] * 6,
     ]
+    assert "| 300 | dominance_60 | 0.180 [0.100, 0.300] | 0.040 [0.010, 0.300] |" in text  # of the sweep
+    assert "| demo:dit effect | 300 | word_swap (dominance) | 0.200 | −0.010 to 0.020 | 0.333 | yes |" in text
+    assert "Noise levels" not in script.document(made, shown)
 
 
 # ---- figures
