@@ -207,7 +207,7 @@ def compare(
     grid: MelGrid | None = None,
     batch: int = 16,
     resamples: int = RESAMPLES,
-    reinitialisations: int = 0,
+    reinitialisations: int | Mapping[str, int] = 0,
     reinitialise: Callable[[Any, int], Any] | None = None,
     labels: tuple[str, str] | None = None,
     out: str | Path | None = None,
@@ -244,9 +244,10 @@ def compare(
         Most rows in one forward.
     resamples : int
         Draws of every bootstrap and permutation test.
-    reinitialisations : int
+    reinitialisations : int or mapping of label to int
         Repeat everything with so many fresh initialisations of each model: untrained networks lean by accident, and a
-        figure means something where it lies outside their distribution. A rerun may ask for more.
+        figure means something where it lies outside their distribution. It takes that many times as long; a mapping asks for
+        one model only. A rerun may ask for more.
     reinitialise : callable, optional
         ``reinitialise(pipeline, seed) -> pipeline`` with fresh weights; default :func:`aiba_eval.fresh.with_fresh_weights`.
     labels : (str, str), optional
@@ -276,16 +277,17 @@ def compare(
     """
     tell = progress or quiet
     low = {"timesteps": len(timesteps), "draws": draws, "windows": windows, "batch": batch, "resamples": resamples}
-    if min(low.values()) < 1 or most < 2 or absent < 0 or reinitialisations < 0 or seconds <= 0:
+    if min(low.values()) < 1 or most < 2 or absent < 0 or seconds <= 0:
         raise ValueError(
-            f"need {', '.join(low)} >= 1, most >= 2, absent and reinitialisations >= 0 and seconds > 0, got {low}, most={most}, "
-            f"absent={absent}, reinitialisations={reinitialisations}, seconds={seconds}"
+            f"need {', '.join(low)} >= 1, most >= 2, absent >= 0 and seconds > 0, got {low}, most={most}, absent={absent}, "
+            f"seconds={seconds}"
         )
     grid = dataclasses.replace(MelGrid() if grid is None else grid, duration=float(seconds), start=0.0)
     named = _named(pieces, words)
     loaded = [as_loaded(model, device=device, dtype=dtype, progress=tell) for model in (model_a, model_b)]
     labelled = _labels(loaded, labels)
     models = dict(zip(labelled, loaded, strict=True))
+    initialisations = _initialisations(reinitialisations, labelled)
     _check_rates(models)
     settings = {
         "timesteps": tuple(int(t) for t in timesteps),
@@ -345,9 +347,9 @@ def compare(
         rows += _agreement_rows({"model": model, "map": "attention", "level": level}, run, measured[model], draw)
     tests = _tests(tuple(models), records, masses, run.levels, draw)
     fresh = []
-    if reinitialisations:
+    if any(initialisations.values()):
         rebuild = with_fresh_weights if reinitialise is None else reinitialise
-        fresh = _beside_fresh(rows, run.fresh(rebuild, reinitialisations))
+        fresh = _beside_fresh(rows, run.fresh(rebuild, initialisations))
 
     result = Comparison(
         models=labelled,
@@ -356,10 +358,10 @@ def compare(
         fresh=fresh,
         profiles=[row for model, of in measured.items() for row in _profiles(model, of)],
         skipped=skipped,
-        notes=_notes(models, measured, clips, skipped, classes, reinitialisations, draws),
+        notes=_notes(models, measured, clips, skipped, classes, initialisations, draws),
         record={
             "configuration": configuration,
-            "reinitialisations": reinitialisations,
+            "reinitialisations": initialisations,
             "clips": [{"piece": c.piece, "start": c.start, "prompt": c.prompt, "absent": c.absent} for c in clips],
             "versions": versions(),
         },
@@ -426,6 +428,17 @@ def _labels(loaded: Sequence[Loaded], labels: tuple[str, str] | None) -> tuple[s
     if first == second:
         raise ValueError(f"both models are labelled {first!r}: give two labels")
     return first, second
+
+
+def _initialisations(asked: int | Mapping[str, int], labels: Sequence[str]) -> dict[str, int]:
+    """How many of each model."""
+    counts = {label: int(asked.get(label, 0) if isinstance(asked, Mapping) else asked) for label in labels}
+    unknown = sorted(set(asked) - set(labels)) if isinstance(asked, Mapping) else []
+    if unknown:
+        raise ValueError(f"reinitialisations of {unknown[0]!r}: the models are {' and '.join(map(repr, labels))}")
+    if min(counts.values()) < 0:
+        raise ValueError(f"reinitialisations must be 0 or more, got {min(counts.values())}")
+    return counts
 
 
 def _check_rates(models: Mapping[str, Loaded]) -> None:
@@ -524,12 +537,16 @@ class _Run:
             for number, level in enumerate(self.levels)
         }
 
-    def fresh(self, rebuild: Callable[[Any, int], Any], count: int) -> dict[tuple[str, str], list[float]]:
-        """(model, "map level target measure") → the figure over all words, for each of ``count`` initialisations."""
+    def fresh(
+        self, rebuild: Callable[[Any, int], Any], counts: Mapping[str, int]
+    ) -> dict[tuple[str, str], list[float]]:
+        """(model, "map level target measure") → the figure over all words, for each of so many initialisations."""
         drawn: dict[tuple[str, str], list[float]] = defaultdict(list)
-        done, total = 0, count * len(self.models) * len(self.clips)
-        for number in range(count):
+        done, total = 0, sum(counts.values()) * len(self.clips)
+        for number in range(max(counts.values())):
             for label, one in self.models.items():
+                if number >= counts[label]:
+                    continue
 
                 def make(
                     label: str = label, one: Loaded = one, number: int = number, done: int = done
@@ -931,7 +948,7 @@ def _notes(
     clips: Sequence[Clip],
     skipped: Mapping[str, str],
     classes: Mapping[str, int],
-    reinitialisations: int,
+    initialisations: Mapping[str, int],
     draws: int,
 ) -> list[str]:
     pieces = len({clip.piece for clip in clips})
@@ -956,9 +973,11 @@ def _notes(
         notes.append(f"classes of fewer than {MINIMUM_PIECES} pieces are in the means only: {', '.join(small)}")
     if draws < 4:
         notes.append(f"{draws} draws of noise: average at least 4 before reading effect maps")
-    if reinitialisations < MINIMUM_INITIALISATIONS:
+    fewest = min(initialisations, key=initialisations.__getitem__)
+    if initialisations[fewest] < MINIMUM_INITIALISATIONS:
+        whose = "" if len(set(initialisations.values())) == 1 else f" of {fewest}"
         notes.append(
-            f"{reinitialisations or 'no'} fresh initialisations: intervals over pieces do not cover how an untrained network leans "
+            f"{initialisations[fewest] or 'no'} fresh initialisations{whose}: intervals over pieces do not cover how an untrained network leans "
             f"by accident; compare with {MINIMUM_INITIALISATIONS} or more"
         )
     return notes

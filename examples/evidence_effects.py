@@ -153,6 +153,7 @@ def beside_fresh(result: Comparison) -> list[str]:
 def document(result: Comparison, shown: list[dict[str, Any]], sweep: Sequence[dict[str, Any]] = ()) -> str:
     """The page."""
     made = result.record["configuration"]
+    fresh = ", ".join(f"{count} of `{label}`" for label, count in result.record["reinitialisations"].items())
     weights = ", ".join(f"`{label}` {of['weights']}" for label, of in made["models"].items())
     lines = [
         "# Effect maps and attention of the embedded pair",
@@ -162,9 +163,8 @@ def document(result: Comparison, shown: list[dict[str, Any]], sweep: Sequence[di
         f"{len(result.record['clips'])} clips of {made['seconds']:g} s of {len(made['pieces'])} held-out pieces of a set that "
         "`aiba stems render` made of freely licensed MIDI; two to four instruments each, named by the prompt. "
         f"{made['draws']} draws of noise at every level, seed {made['seed']}; maps, targets and measures are those of "
-        "[`compare`](comparing.md). The piece is the unit; 95 % BCa intervals. *Fresh* is the range over "
-        f"{result.record['reinitialisations']} initialisations. These are small models on rendered music: the figures say what the "
-        "methods show, not what large models do.",
+        "[`compare`](comparing.md). The piece is the unit; 95 % BCa intervals. *Fresh* is the range over initialisations: "
+        f"{fresh}. These are small models on rendered music: the figures say what the methods show, not what large models do.",
         "",
         f"Measured on {platform.machine()}, torch {torch.__version__}. Weights: {weights}.",
         "",
@@ -206,6 +206,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reinitialisations", type=int, default=20)
+    parser.add_argument("--fresh", nargs="+", choices=MODELS, default=MODELS, help="models to reinitialise")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--sweep", type=Path, default=None, help="folder of a run at many levels, to tell of on the page"
@@ -231,7 +232,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         timesteps=tuple(options.timesteps),
         draws=options.draws,
         seed=options.seed,
-        reinitialisations=options.reinitialisations,
+        reinitialisations=dict.fromkeys(options.fresh, options.reinitialisations),
         batch=8,  # the quickest of 4, 8 and 16 on one CPU core
         out=options.out,
         progress=progress,

@@ -624,6 +624,12 @@ def test_fresh_weights_are_stored_one_by_one(music, tmp_path):
     assert held == {(kind, target) for kind in ("attention", "effect") for target in TARGETS} - {("attention", "share")}
     assert not fresh["text", "effect", "piece_swap"]["outside"]
     assert any("2 fresh initialisations: intervals" in note for note in two.notes)
+    # one model's alone
+    some = compare(Pipe("text"), Pipe("audio"), music[:3], reinitialisations={"audio": 2}, **options)
+    assert len(built) == 4
+    assert {row["model"] for row in some.fresh} == {"audio"}
+    assert some.fresh == [row for row in two.fresh if row["model"] == "audio"]
+    assert any("no fresh initialisations of text: intervals" in note for note in some.notes)
 
 
 def test_stored_maps_are_read_as_they_were(music, tmp_path):
