@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter
 from typing import TYPE_CHECKING, Any
 
-from aiba_hooks.interception import classes_of
 from aiba_hooks.kernel import Kernel
 from aiba_hooks.specs import hookimpl
 from aiba_plugins.kernels.arguments import first, like, refuse
@@ -112,6 +111,8 @@ class UpcastAttention(Kernel):
     name = "transformers:_upcast_and_reordered_attn"
 
     def places(self, modules: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
+        from aiba_hooks.interception import classes_of
+
         method = "_upcast_and_reordered_attn"
         for cls in classes_of(modules):
             if method in vars(cls):
@@ -127,6 +128,8 @@ class UpcastAttention(Kernel):
 
 def _files(modules: Sequence[Any]) -> list[Any]:
     """The Python modules that define the classes of the target."""
+    from aiba_hooks.interception import classes_of
+
     names = dict.fromkeys(cls.__module__ for cls in classes_of(modules))
     return [sys.modules[name] for name in names if name in sys.modules]
 
