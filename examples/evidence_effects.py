@@ -168,7 +168,7 @@ def document(result: Comparison, shown: list[dict[str, Any]], sweep: Sequence[di
         "",
         f"Measured on {platform.machine()}, torch {torch.__version__}. Weights: {weights}.",
         "",
-        "## What was asked of the transformer's effect maps",
+        "## Goals of the transformer's effect maps",
         "",
         *asked(shown),
     ]
