@@ -277,10 +277,11 @@ def compare(
     """
     tell = progress or quiet
     low = {"timesteps": len(timesteps), "draws": draws, "windows": windows, "batch": batch, "resamples": resamples}
-    if min(low.values()) < 1 or most < 2 or absent < 0 or seconds <= 0:
+    fewest = min(reinitialisations.values(), default=0) if isinstance(reinitialisations, Mapping) else reinitialisations
+    if min(low.values()) < 1 or most < 2 or absent < 0 or fewest < 0 or seconds <= 0:
         raise ValueError(
-            f"need {', '.join(low)} >= 1, most >= 2, absent >= 0 and seconds > 0, got {low}, most={most}, absent={absent}, "
-            f"seconds={seconds}"
+            f"need {', '.join(low)} >= 1, most >= 2, absent and reinitialisations >= 0 and seconds > 0, got {low}, most={most}, "
+            f"absent={absent}, reinitialisations={reinitialisations}, seconds={seconds}"
         )
     grid = dataclasses.replace(MelGrid() if grid is None else grid, duration=float(seconds), start=0.0)
     named = _named(pieces, words)
@@ -432,13 +433,11 @@ def _labels(loaded: Sequence[Loaded], labels: tuple[str, str] | None) -> tuple[s
 
 def _initialisations(asked: int | Mapping[str, int], labels: Sequence[str]) -> dict[str, int]:
     """How many of each model."""
-    counts = {label: int(asked.get(label, 0) if isinstance(asked, Mapping) else asked) for label in labels}
-    unknown = sorted(set(asked) - set(labels)) if isinstance(asked, Mapping) else []
+    counts = asked if isinstance(asked, Mapping) else dict.fromkeys(labels, asked)
+    unknown = sorted(set(counts) - set(labels))
     if unknown:
         raise ValueError(f"reinitialisations of {unknown[0]!r}: the models are {' and '.join(map(repr, labels))}")
-    if min(counts.values()) < 0:
-        raise ValueError(f"reinitialisations must be 0 or more, got {min(counts.values())}")
-    return counts
+    return {label: int(counts.get(label, 0)) for label in labels}
 
 
 def _check_rates(models: Mapping[str, Loaded]) -> None:

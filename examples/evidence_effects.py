@@ -100,7 +100,8 @@ def decimal(value: float) -> str:
 
 def spread(row: dict[str, Any]) -> str:
     """A value with its interval, if it has one."""
-    ends = f" [{decimal(row['low'])}, {decimal(row['high'])}]" if math.isfinite(row["low"]) else ""
+    bounded = row["low"] is not None and math.isfinite(row["low"])  # JSON has null for NaN
+    ends = f" [{decimal(row['low'])}, {decimal(row['high'])}]" if bounded else ""
     return decimal(row["value"]) + ends
 
 
@@ -240,7 +241,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     shown = requirements(result)
     write_json(options.out / "evidence.json", {"requirements": shown, **result.as_dict()})
     sweep = json.loads((options.sweep / "results.json").read_text(encoding="utf-8"))["rows"] if options.sweep else ()
-    text = document(result, shown, [{**row, "low": row["low"] or math.nan} for row in sweep])
+    text = document(result, shown, sweep)
     (options.out / "evidence.md").write_text(text, encoding="utf-8")
     if options.page is not None:
         options.page.write_text(text, encoding="utf-8")

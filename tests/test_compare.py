@@ -630,6 +630,9 @@ def test_fresh_weights_are_stored_one_by_one(music, tmp_path):
     assert {row["model"] for row in some.fresh} == {"audio"}
     assert some.fresh == [row for row in two.fresh if row["model"] == "audio"]
     assert any("no fresh initialisations of text: intervals" in note for note in some.notes)
+    for asked, message in (({"sound": 1}, "'sound'"), (-1, "reinitialisations=-1"), ({"audio": -1}, "'audio': -1")):
+        with pytest.raises(ValueError, match=message):
+            compare(Pipe("text"), Pipe("audio"), music[:3], reinitialisations=asked, **options)
 
 
 def test_stored_maps_are_read_as_they_were(music, tmp_path):
