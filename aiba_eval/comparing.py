@@ -541,25 +541,21 @@ class _Run:
     ) -> dict[tuple[str, str], list[float]]:
         """(model, "map level target measure") → the figure over all words, for each of so many initialisations."""
         drawn: dict[tuple[str, str], list[float]] = defaultdict(list)
-        done, total = 0, sum(counts.values()) * len(self.clips)
-        for number in range(max(counts.values())):
-            for label, one in self.models.items():
-                if number >= counts[label]:
-                    continue
+        order = [
+            (number, label) for number in range(max(counts.values())) for label in counts if number < counts[label]
+        ]
+        for step, (number, label) in enumerate(order):
 
-                def make(
-                    label: str = label, one: Loaded = one, number: int = number, done: int = done
-                ) -> dict[str, float]:
-                    pipeline = rebuild(one.pipeline, number)
-                    of = []
-                    for k, clip in enumerate(self.clips):
-                        self.tell("measuring fresh weights", done + k, total)
-                        of.append(clip_maps(label, pipeline, clip, self.grid, **self.settings))
-                    return self._means(of)
+            def make(label: str = label, number: int = number, done: int = step * len(self.clips)) -> dict[str, float]:
+                pipeline = rebuild(self.models[label].pipeline, number)
+                of = []
+                for k, clip in enumerate(self.clips):
+                    self.tell("measuring fresh weights", done + k, len(order) * len(self.clips))
+                    of.append(clip_maps(label, pipeline, clip, self.grid, **self.settings))
+                return self._means(of)
 
-                for key, value in self.store.numbers(f"{label} fresh", str(number), make).items():
-                    drawn[label, key].append(value)
-                done += len(self.clips)
+            for key, value in self.store.numbers(f"{label} fresh", str(number), make).items():
+                drawn[label, key].append(value)
         return drawn
 
     def _means(self, of: Sequence[ClipMaps]) -> dict[str, float]:

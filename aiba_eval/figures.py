@@ -315,6 +315,7 @@ def contrast_figure(
     figure = _figure(3.1 * len(held), 3.6)
     panels = figure.subplots(1, len(held), squeeze=False)[0]
     width = 0.8 / len(models)
+    same = ("model", "map", "level", "target", "measure")
     for axes, measure in zip(panels, held, strict=True):
         of = [row for row in shown if row["measure"] == measure]
         places = list(dict.fromkeys((row["map"], row["level"]) for row in of))
@@ -329,7 +330,6 @@ def contrast_figure(
             axes.bar(at, values - base, width * 0.92, bottom=base, color=colour, alpha=0.75, label=model)
             axes.vlines(at, low, high, color="black", linewidth=1.2)
             for x, row in zip(at, chosen, strict=True):
-                same = ("model", "map", "level", "target", "measure")
                 drawn = [f["fresh"] for f in fresh if all(f[k] == row[k] for k in same)]
                 if drawn:
                     box = (x - width * 0.3, min(drawn[0]), width * 0.6, max(max(drawn[0]) - min(drawn[0]), 1e-4))
