@@ -8,7 +8,7 @@ import pytest
 
 from aiba_eval.bench.contestants import contestants
 from aiba_eval.bench.memory import measured
-from aiba_eval.bench.subjects import BenchBackbone
+from aiba_eval.bench.subjects import BenchBackbone, Setting, Subject
 from aiba_hooks import capture
 from aiba_hooks.interception import ACTIVE
 
@@ -96,3 +96,18 @@ def test_a_steady_forward_needs_little_more_than_a_bare_one(tiny):
     queries, keys, heads, width = tiny.shape.columns + 1, 18, 6, 64
     of_one_call = 4 * 2 * heads * width * (2 * queries + 2 * keys)  # the answer, its float32 copy; selectors, twice
     assert captured.host_peak - bare.host_peak <= of_one_call + 2**14
+
+
+def test_selectors_are_gone_when_a_forward_needs_the_most():
+    """Where feed-forward layers take the most memory, as in full-size transformers, the peak grows by maps alone."""
+    subject = Subject(Setting("stable-audio-small", seconds=6.0))
+    subject.forward(0)
+    _, bare = measured(lambda: subject.forward(1) is None)
+    with capture(subject, words=subject.asked, backbone=BenchBackbone()) as cap:
+        subject.encode()
+        subject.forward(0)
+        before = cap.held_bytes
+        _, captured = measured(lambda: subject.forward(1) is None)
+    selector = 4 * 6 * 130 * 64  # of one call: heads × keys × as wide as the values
+    maps = cap.held_bytes - before
+    assert captured.host_peak - bare.host_peak <= maps + 2**15 < selector
