@@ -4,7 +4,8 @@
     python examples/training/encode.py --work WORK
     python examples/training/train_denoiser.py --work WORK --kind unet --steps 6000 --minutes 60
 
-Weights and steps are as shipped (fp16); the optimiser's moments begin anew, so that the first steps are rougher.
+Weights and steps are as shipped (fp16); the optimiser's moments begin anew, so that the first steps are rougher. The shipped VAE
+has the channels' means and deviations folded in already: `data/channels.json` says so, and what is exported keeps the same VAE.
 """
 
 from __future__ import annotations
@@ -55,6 +56,12 @@ def main() -> None:
             if path.exists():
                 raise SystemExit(f"{path} exists: remove it, or choose another work folder")
             checkpoint(path, modules, facts[name])
+            if name == "vae":
+                channels = pipe.vae.config.latent_channels
+                known = options.work / "data" / "channels.json"
+                known.parent.mkdir(exist_ok=True)
+                moments = {"mean": [0.0] * channels, "std": [1.0] * channels}
+                known.write_text(json.dumps({**moments, "vae_step": facts["vae"]["steps"]}))
 
 
 if __name__ == "__main__":
