@@ -1,7 +1,8 @@
 """One model's attention and effect maps of one clip, and a folder that keeps them.
 
 For each noise level: the word's cross-attention on the noised latent of the mix, projected; what the predicted log-mel loses
-without the word; and the effect masses of edits that should do something, or nothing:
+without the word; and of edits that should do something, or nothing, the effect masses and the gains in fit (how much nearer the
+prediction comes to the audio, :mod:`aiba_eval.effects`):
 
 ========= ==================================================================================
 present   a word of the clip put last in the prompt, against the prompt without it
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from aiba_eval.clips import Clip
 from aiba_eval.demo import at_timestep
-from aiba_eval.effects import edit_maps, effect_mass, listed, without_word
+from aiba_eval.effects import edit_quantities, effect_mass, listed, without_word
 from aiba_eval.grid import MelGrid, project
 from aiba_eval.outputs import OutputFolder, dump_json, write_json
 from aiba_eval.probe import CannotProbe, probe
@@ -52,6 +53,7 @@ class ClipMaps:
     attention : float32 (level, word, time, mel)
     effect : float32 (level, word, time, mel) in nats, or None
     masses : (level, edit) in nats, or None
+    gains : (level, edit) in nats², or None
     edits : (role, label) of each edit: ``("present", "bass")``
     lattice : (time, frequency) of the finest attention site
     frequency_resolved : False if no attention site has a frequency axis
@@ -62,6 +64,7 @@ class ClipMaps:
     attention: NDArray[np.float32]
     effect: NDArray[np.float32] | None
     masses: NDArray[np.float64] | None
+    gains: NDArray[np.float64] | None
     edits: tuple[tuple[str, str], ...]
     lattice: tuple[int, int]
     frequency_resolved: bool
@@ -136,32 +139,41 @@ def clip_maps(
         for site in diagnose(at).sites
         if site.words
     ]
-    effect, masses, reason = None, None, "effect maps were not asked for"
+    effect, masses, gains, reason = None, None, None, "effect maps were not asked for"
     roles: tuple[tuple[str, str], ...] = ()
     if effects:
-        effect, masses, roles, reason = _effects(
-            label, pipeline, clip, grid, timesteps=timesteps, draws=draws, seed=seed, batch=batch
-        )
+        try:
+            effect, masses, gains, roles = _effects(
+                label, pipeline, clip, grid, timesteps=timesteps, draws=draws, seed=seed, batch=batch
+            )
+            reason = ""
+        except CannotProbe as error:
+            reason = str(error)
     columns, bands = projected[0].attrs["finest_lattice"]
     resolved = bool(projected[0].attrs["frequency_resolved"])
-    return ClipMaps(attention, effect, masses, roles, (int(columns), int(bands)), resolved, sites, reason)
+    return ClipMaps(attention, effect, masses, gains, roles, (int(columns), int(bands)), resolved, sites, reason)
 
 
 def _effects(
     label: str, pipeline: Any, clip: Clip, grid: MelGrid, **options: Any
-) -> tuple[NDArray[np.float32] | None, NDArray[np.float64] | None, tuple[tuple[str, str], ...], str]:
-    """Effect maps, masses, (role, label) of the masses; or why there are none."""
+) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64], tuple[tuple[str, str], ...]]:
+    """Effect maps of the words; masses, gains and (role, label) of the edits."""
     edits, roles = edits_of(clip)
-    try:
-        found = edit_maps(
-            pipeline, edits, waveform=clip.mix, sample_rate=clip.sample_rate, levels="each", grid=grid, **options
-        )
-    except CannotProbe as error:
-        return None, None, roles, str(error)
+    found, fit = edit_quantities(
+        pipeline,
+        edits,
+        [("log", "positive"), ("fit", "signed")],
+        waveform=clip.mix,
+        sample_rate=clip.sample_rate,
+        levels="each",
+        grid=grid,
+        **options,
+    )
     effect = found.sel(word=[f"map {word}" for word in clip.words]).values
     _check_cover(label, effect, grid)
-    masses = effect_mass(found).sel(word=[" ".join(role) for role in roles]).values.astype(float)
-    return effect, masses, roles, ""
+    asked = [" ".join(role) for role in roles]
+    masses, gains = (effect_mass(maps).sel(word=asked).values.astype(float) for maps in (found, fit))
+    return effect, masses, gains, roles
 
 
 def _check_cover(label: str, maps: NDArray[np.float32], grid: MelGrid) -> None:
@@ -224,12 +236,14 @@ def _arrays(made: Sequence[ClipMaps]) -> dict[str, Any]:
     about = []
     for number, one in enumerate(made):
         arrays[f"attention{number}"] = one.attention
-        if one.effect is not None and one.masses is not None:
-            arrays |= {f"effect{number}": one.effect, f"masses{number}": one.masses}
+        for name in _EFFECTS:
+            if (value := getattr(one, name)) is not None:
+                arrays[f"{name}{number}"] = value
         about.append({name: getattr(one, name) for name in _PLAIN})
     return {**arrays, "about": np.asarray(dump_json(about))}
 
 
+_EFFECTS = ("effect", "masses", "gains")
 _PLAIN = ("edits", "lattice", "frequency_resolved", "sites", "reason")
 
 
@@ -238,8 +252,7 @@ def _read(path: Path) -> list[ClipMaps]:
         return [
             ClipMaps(
                 attention=held[f"attention{number}"],
-                effect=held.get(f"effect{number}"),
-                masses=held.get(f"masses{number}"),
+                **{name: held.get(f"{name}{number}") for name in _EFFECTS},
                 edits=tuple((role, label) for role, label in about["edits"]),
                 lattice=(about["lattice"][0], about["lattice"][1]),
                 frequency_resolved=about["frequency_resolved"],

@@ -24,6 +24,7 @@ An effect map agrees with a dominance mask partly by definition; the other two a
     agreement         ρ(attention of w, effect of w), and agreement_swap: less the mean over v of ρ(attention of v, effect of w)
     presence          share of pairs in which an instrument has more effect mass than an absent one in its place; ties half
     presence_by_word  the same over pairs of clips with equally many words, for one word: present in one, absent from the other
+    fit_presence, fit_presence_by_word    both of the gain in fit: naming it brings the prediction nearer to the audio where it is
     neutral_share     mean over pieces of the effect mass of edits that should do nothing / the same of present words
 
 Words are averaged within a piece and the piece is the unit. Intervals are 95 % BCa bootstrap intervals over pieces; two models are
@@ -39,7 +40,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -82,7 +83,7 @@ FEWEST = 3
 #: clips of other pieces that a map is swapped with
 PARTNERS = 4
 #: of what is measured on a clip: stored results of another version are not mixed with new ones
-METHOD = 2
+METHOD = 3
 
 
 @dataclass(frozen=True)
@@ -342,11 +343,11 @@ def compare(
             rows += _rows_of({**key, "target": target}, found, classes, draw)
             if target == "dominance":
                 records[model, kind, level] = found
-    masses = run.masses(measured)
+    masses, gains = run.masses(measured), run.masses(measured, "gains")
     for (model, level), mass in masses.items():
-        rows += _presence_rows({"model": model, "map": "effect", "level": level}, mass, draw)
+        rows += _presence_rows({"model": model, "map": "effect", "level": level}, mass, gains[model, level], draw)
         rows += _agreement_rows({"model": model, "map": "attention", "level": level}, run, measured[model], draw)
-    tests = _tests(tuple(models), records, masses, run.levels, draw)
+    tests = _tests(tuple(models), records, {"presence": masses, "fit_presence": gains}, run.levels, draw)
     fresh = []
     if any(initialisations.values()):
         rebuild = with_fresh_weights if reinitialise is None else reinitialise
@@ -524,12 +525,14 @@ class _Run:
             for clip, one in zip(self.clips, of, strict=True)
         ]
 
-    def masses(self, measured: Mapping[str, Sequence[ClipMaps]]) -> dict[tuple[str, int], _Mass]:
-        """Effect masses by model and level, of models that have them."""
+    def masses(
+        self, measured: Mapping[str, Sequence[ClipMaps]], kind: Literal["masses", "gains"] = "masses"
+    ) -> dict[tuple[str, int], _Mass]:
+        """Effect masses, or gains in fit, by model and level, of models that have them."""
         pieces = [clip.piece for clip in self.clips]
         return {
             (label, level): _Mass(
-                pieces, [dict(zip(one.edits, np.asarray(one.masses)[number], strict=True)) for one in of]
+                pieces, [dict(zip(one.edits, np.asarray(getattr(one, kind))[number], strict=True)) for one in of]
             )
             for label, of in measured.items()
             if _has_effects(of)
@@ -565,12 +568,15 @@ class _Run:
                 records = _contrasts(self.clips, maps, target, self.partners)
                 for measure in MEASURES:
                     found[_fresh_key(kind, level, target, measure)] = _mean(_per_piece(records, measure).values())
+        gains = self.masses({"": of}, "gains")
         for (_, level), mass in self.masses({"": of}).items():
             present, neutral = (_mean(mass.roles(role).values()) for role in ("present", "neutral"))
             shown = {
                 "neutral_share": neutral / present if present > 0 else float("nan"),
                 "presence": _mean(mass.presence().values()),
                 "presence_by_word": mass.presence_by_word(),
+                "fit_presence": _mean(gains["", level].presence().values()),
+                "fit_presence_by_word": gains["", level].presence_by_word(),
             }
             found |= {_fresh_key("effect", level, "", measure): value for measure, value in shown.items()}
         return found
@@ -765,7 +771,7 @@ def _agreement_rows(key: Mapping[str, Any], run: _Run, of: Sequence[ClipMaps], d
 
 @dataclass(frozen=True)
 class _Mass:
-    """Effect masses of one model at one level, clip by clip."""
+    """Effect masses, or gains in fit, of one model at one level, clip by clip."""
 
     pieces: Sequence[str]
     masses: Sequence[Mapping[tuple[str, str], float]]  # (role, label) → mass
@@ -846,13 +852,13 @@ def _win(one: float, other: float) -> float:
     return float(one > other) + 0.5 * float(one == other)
 
 
-def _presence_rows(key: Mapping[str, Any], of: _Mass, draw: _Draw) -> list[Row]:
+def _presence_rows(key: Mapping[str, Any], of: _Mass, gains: _Mass, draw: _Draw) -> list[Row]:
     roles = {role: of.roles(role) for role in ("present", "absent", "neutral")}
     found = {f"{role}_mass": _with_interval(masses, draw) for role, masses in roles.items() if masses}
-    won = of.presence()
-    if won:
-        found["presence"] = _with_interval(won, draw)
-        found["presence_by_word"] = of.presence_by_word_row(draw)
+    for name, kind in (("presence", of), ("fit_presence", gains)):
+        if won := kind.presence():
+            found[name] = _with_interval(won, draw)
+            found[f"{name}_by_word"] = kind.presence_by_word_row(draw)
     found["neutral_share"] = _with_ratio(roles["neutral"], roles["present"], draw)
     return [{**key, "target": "", "word": "all", "measure": measure, **figure} for measure, figure in found.items()]
 
@@ -863,7 +869,7 @@ def _presence_rows(key: Mapping[str, Any], of: _Mass, draw: _Draw) -> list[Row]:
 def _tests(
     models: Sequence[str],
     records: Mapping[tuple[str, str, int | None], Sequence[Row]],
-    masses: Mapping[tuple[str, int], _Mass],
+    presences: Mapping[str, Mapping[tuple[str, int], _Mass]],
     levels: Sequence[int],
     draw: _Draw,
 ) -> list[Row]:
@@ -878,8 +884,9 @@ def _tests(
                 key: Row = {"map": kind, "level": level, "target": "dominance", "measure": measure}
                 family.append((key, _per_piece(held[0], measure), _per_piece(held[1], measure)))
             if kind == "effect":
-                first, second = (masses[model, level].presence() for model in models)
-                family.append(({"map": kind, "level": level, "target": "", "measure": "presence"}, first, second))
+                for measure, of in presences.items():
+                    first, second = (of[model, level].presence() for model in models)
+                    family.append(({"map": kind, "level": level, "target": "", "measure": measure}, first, second))
     tests = []
     for key, one, other in family:
         both = [piece for piece in one if piece in other]

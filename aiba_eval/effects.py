@@ -8,6 +8,10 @@ It needs no attention, and no frequency axis in the latent, so it serves a diffu
     L⁻   = decode(x̂0(x_t, prompt without the word))    and without it
     E    = mean over draws of max(L⁺ − L⁻, 0)           log: nats of magnitude
     E    = mean over draws of max(e^2L⁺ − e^2L⁻, 0)     energy: power
+    E    = mean over draws of (L⁻ − L0)² − (L⁺ − L0)²   fit, signed: how much nearer the audio L0 = decode(x0) comes with the word
+
+The first two ask what a word adds, whether the audio has it or not; the third asks whether the audio agrees. It is the
+difference of denoising errors that Li et al. 2023 (arXiv 2303.16203) classify images by, in decoded log-mels.
 
 x̂0 follows from the denoiser's output by the scheduler's ``prediction_type`` (:func:`clean_latent`). The predictions are
 conditional ones, without guidance.
@@ -28,7 +32,7 @@ Contents
 --------
 
 * :func:`effect_map`: the maps, on real or generated audio.
-* :func:`edit_maps`: the same for pairs of texts, whatever differs between them.
+* :func:`edit_maps`: the same for pairs of texts, whatever differs between them; :func:`edit_quantities`, several quantities at once.
 * :func:`effect_mass`, :func:`presence`: how much a word does; present words against absent and neutral ones.
 * :func:`agreement`: rank correlation of attention maps with effect maps, beside that of other words' maps;
   :func:`rank_correlation`.
@@ -70,8 +74,9 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Remove = Literal["prompt", "values"]
-Quantity = Literal["log", "energy"]
+Quantity = Literal["log", "energy", "fit"]
 Part = Literal["positive", "signed"]
+UNITS: dict[str, str] = {"log": "nats", "energy": "power", "fit": "nats²"}
 Levels = Literal["mean", "each"]
 #: ``decode_mel(pipeline, latents) -> log-mel [batch, time, mel]``: natural logarithm of the magnitude mel, row 0 lowest
 DecodeMel = Callable[[Any, "Tensor"], "Tensor"]
@@ -290,6 +295,10 @@ class _Means:
             )
         return decoded.float().cpu().numpy().astype(float)
 
+    def clean_mel(self, clean: Tensor) -> Floats:
+        """The decoded clean latent itself [1, time, mel]: what a perfect prediction would be."""
+        return self.decode_mel(self.pipeline, clean).float().cpu().numpy().astype(float)
+
 
 def effect_map(
     pipeline: Any,
@@ -345,11 +354,12 @@ def effect_map(
         Draws of noise per level: the same for every level, word and prompt, with and without.
     seed : int
         Of the noise, drawn on the CPU.
-    quantity : {"log", "energy"}
-        Difference of log-mels (nats: ln of a magnitude ratio) or of powers, exp(2 · log-mel).
+    quantity : {"log", "energy", "fit"}
+        Difference of log-mels (nats: ln of a magnitude ratio), of powers, exp(2 · log-mel), or of squared errors of the
+        log-mels against the audio's own (nats²): above 0 where the word brings the prediction nearer to the audio.
     part : {"positive", "signed"}
         Positive part of each draw's difference, or the difference itself. The mean of positive parts has a floor: it is
-        above 0 wherever a word changes anything at all.
+        above 0 wherever a word changes anything at all. Read "fit" signed.
     levels : {"mean", "each"}
         Average over noise levels, or keep them as a dimension ``timestep``.
     grid : MelGrid, optional
@@ -430,8 +440,9 @@ def effect_map(
                 changed = [_by_values(means, text, word, noised, levels_at, batch) for word in there.values()]
             if rasters is None:
                 rasters = np.full((*shape, *whole.shape[-2:]), np.nan)
+            audio = means.clean_mel(own) if quantity == "fit" else None
             for j, lost in zip(there, changed, strict=True):
-                rasters[i, :, j] = _difference(whole, lost, quantity, part).mean(axis=1)
+                rasters[i, :, j] = _difference(whole, lost, audio, quantity, part).mean(axis=1)
     assert rasters is not None
     result = _on_grid(rasters, means.mel, grid, prompts, levels_at, requests)
     if remove == "prompt":
@@ -447,22 +458,9 @@ def edit_maps(
     pipeline: Any,
     edits: Mapping[str, tuple[str, str]],
     *,
-    waveform: ArrayLike | None = None,
-    sample_rate: int | None = None,
-    latents: Tensor | None = None,
-    timesteps: Sequence[int] = (300,),
-    draws: int = 4,
-    seed: int = 0,
     quantity: Quantity = "log",
     part: Part = "positive",
-    levels: Levels = "mean",
-    grid: MelGrid | None = None,
-    batch: int = 8,
-    backbone: Backbone | str | None = None,
-    encode: Encode | None = None,
-    predict: Predict | None = None,
-    decode_mel: DecodeMel | None = None,
-    mel: MelGrid | None = None,
+    **options: Any,
 ) -> DataArray:
     """What the predicted audio of one text has that the predicted audio of another lacks, for pairs of texts.
 
@@ -473,10 +471,10 @@ def edit_maps(
     ----------
     edits : mapping of label to (text, text)
         L⁺ is of the first text, L⁻ of the second.
-    pipeline, waveform, sample_rate, latents, timesteps, draws, seed, quantity, part, levels, grid, batch, backbone
-        As in :func:`effect_map`; one clean latent.
-    encode, predict, decode_mel, mel
+    pipeline, quantity, part
         As in :func:`effect_map`.
+    options
+        Of :func:`edit_quantities`: ``waveform``, ``latents``, ``timesteps``, ``draws``, ...
 
     Returns
     -------
@@ -489,9 +487,54 @@ def edit_maps(
     CannotProbe, ValueError, aiba_hooks.AibaError
         As :func:`effect_map`; also if there are no edits, or several latents.
     """
+    return edit_quantities(pipeline, edits, [(quantity, part)], **options)[0]
+
+
+def edit_quantities(
+    pipeline: Any,
+    edits: Mapping[str, tuple[str, str]],
+    quantities: Sequence[tuple[Quantity, Part]],
+    *,
+    waveform: ArrayLike | None = None,
+    sample_rate: int | None = None,
+    latents: Tensor | None = None,
+    timesteps: Sequence[int] = (300,),
+    draws: int = 4,
+    seed: int = 0,
+    levels: Levels = "mean",
+    grid: MelGrid | None = None,
+    batch: int = 8,
+    backbone: Backbone | str | None = None,
+    encode: Encode | None = None,
+    predict: Predict | None = None,
+    decode_mel: DecodeMel | None = None,
+    mel: MelGrid | None = None,
+) -> list[DataArray]:
+    """:func:`edit_maps` in several quantities of the same predictions, which are made once.
+
+    Parameters
+    ----------
+    quantities : sequence of (quantity, part)
+        ``[("log", "positive"), ("fit", "signed")]``: one map each, in this order.
+    pipeline, waveform, sample_rate, latents, timesteps, draws, seed, levels, grid, batch, backbone, encode, predict, decode_mel, mel
+        As in :func:`effect_map`; one clean latent.
+    edits
+        As in :func:`edit_maps`.
+
+    Returns
+    -------
+    list of DataArray
+        As :func:`edit_maps` returns them.
+
+    Raises
+    ------
+    CannotProbe, ValueError, aiba_hooks.AibaError
+        As :func:`edit_maps`.
+    """
     import torch
 
-    _check_options(timesteps, draws, batch, quantity, part, levels, waveform, sample_rate, latents)
+    for quantity, part in quantities:
+        _check_options(timesteps, draws, batch, quantity, part, levels, waveform, sample_rate, latents)
     levels_at = list(timesteps)
     if not edits:
         raise ValueError("edits is empty: give a label and its two texts")
@@ -505,13 +548,22 @@ def edit_maps(
         noised = [add_noise(pipeline, clean, noise, timestep) for timestep in levels_at]
         texts = list(dict.fromkeys(text for pair in edits.values() for text in pair))
         decoded = dict(zip(texts, _by_prompt(means, texts, noised, levels_at, batch), strict=True))
-        pairs = [(decoded[whole], decoded[lost]) for whole, lost in edits.values()]
-        rasters = np.stack([_difference(*pair, quantity, part).mean(axis=1) for pair in pairs], axis=1)
-    result = _on_grid(rasters[None], means.mel, grid, [""], levels_at, list(edits)).isel(prompt=0, drop=True)
+        audio = means.clean_mel(clean) if any(quantity == "fit" for quantity, _ in quantities) else None
     sides = np.asarray(list(edits.values()), str)
-    result = result.assign_coords({"with": ("word", sides[:, 0]), "without": ("word", sides[:, 1])})
-    result.attrs |= _described(pipeline, quantity, part, levels_at, draws, seed)
-    return result if levels == "each" else result.mean("timestep", keep_attrs=True, skipna=False)
+    found = []
+    for quantity, part in quantities:
+        rasters = np.stack(
+            [
+                _difference(decoded[whole], decoded[lost], audio, quantity, part).mean(axis=1)
+                for whole, lost in edits.values()
+            ],
+            axis=1,
+        )
+        result = _on_grid(rasters[None], means.mel, grid, [""], levels_at, list(edits)).isel(prompt=0, drop=True)
+        result = result.assign_coords({"with": ("word", sides[:, 0]), "without": ("word", sides[:, 1])})
+        result.attrs |= _described(pipeline, quantity, part, levels_at, draws, seed)
+        found.append(result if levels == "each" else result.mean("timestep", keep_attrs=True, skipna=False))
+    return found
 
 
 def _check_options(
@@ -525,7 +577,7 @@ def _check_options(
     sample_rate: int | None,
     latents: Tensor | None,
 ) -> None:
-    _one_of("quantity", quantity, ("log", "energy"))
+    _one_of("quantity", quantity, tuple(UNITS))
     _one_of("part", part, ("positive", "signed"))
     _one_of("levels", levels, ("mean", "each"))
     if not len(timesteps) or draws < 1 or batch < 1:
@@ -557,7 +609,7 @@ def _described(
     return {
         "quantity": quantity,
         "part": part,
-        "units": "nats" if quantity == "log" else "power",
+        "units": UNITS[quantity],
         "timesteps": [int(t) for t in timesteps],
         "draws": int(draws),
         "seed": int(seed),
@@ -571,8 +623,12 @@ def _one_of(name: str, value: str, options: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
 
 
-def _difference(whole: Floats, lost: Floats, quantity: Quantity, part: Part) -> Floats:
-    difference = whole - lost if quantity == "log" else np.exp(2 * whole) - np.exp(2 * lost)
+def _difference(whole: Floats, lost: Floats, audio: Floats | None, quantity: Quantity, part: Part) -> Floats:
+    if quantity == "fit":
+        assert audio is not None
+        difference = (lost - audio) ** 2 - (whole - audio) ** 2
+    else:
+        difference = whole - lost if quantity == "log" else np.exp(2 * whole) - np.exp(2 * lost)
     return np.maximum(difference, 0) if part == "positive" else difference
 
 
@@ -730,7 +786,7 @@ def effect_mass(maps: DataArray) -> DataArray:
     Returns
     -------
     DataArray, dims (..., word)
-        In the unit of the map: nats (``quantity="log"``) or power. NaN for a word that the prompt lacks.
+        In the unit of the map: nats (``quantity="log"``), power, or nats² (``"fit"``). NaN for a word that the prompt lacks.
     """
     missing = [dim for dim in ("word", "time", "mel") if dim not in maps.dims]
     if missing:
@@ -756,7 +812,8 @@ def presence(
 ) -> DataArray:
     """Effect mass of words that are in the audio, beside words that are not and words that mean no sound.
 
-    A model that only follows the text gives a word as much mass whether the audio has it or not. Present and absent words
+    A model that only follows the text gives a word as much mass whether the audio has it or not; with ``quantity="fit",
+    part="signed"`` the mass is above 0 only where the audio agrees with the word. Present and absent words
     are measured by the same edit of a text of the same length: each absent word takes the place of a present one, in turn. An
     edit of a shorter text does more, in an untrained model too::
 

@@ -59,9 +59,13 @@ MEASURES = (
     "piece_swap",
     "presence",
     "presence_by_word",
+    "fit_presence",
+    "fit_presence_by_word",
     "neutral_share",
     "agreement_swap",
 )
+#: measures that are shown beside fresh initialisations
+BESIDE_FRESH = tuple(measure for measure in MEASURES if measure not in ("score", "ratio", "agreement_swap"))
 
 
 def requirements(result: Comparison) -> list[dict[str, Any]]:
@@ -139,10 +143,7 @@ def beside_fresh(result: Comparison) -> list[str]:
     """Swaps, presence and neutral edits of both models beside what fresh initialisations have."""
     lines = ["| map | t | measure | value | fresh, lowest to highest | p | outside |", "|---|---|---|---|---|---|---|"]
     for row in result.fresh:
-        if row["measure"] in ("word_swap", "piece_swap", "presence", "neutral_share") and row["target"] in (
-            "",
-            *DOMINANCE,
-        ):
+        if row["measure"] in BESIDE_FRESH and row["target"] in ("", *DOMINANCE):
             ends = f"{decimal(min(row['fresh']))} to {decimal(max(row['fresh']))}"
             lines.append(
                 f"| {row['model']} {row['map']} | {row['level']} | {row['measure']}{against(row)} | {decimal(row['value'])} | {ends} "

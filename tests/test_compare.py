@@ -220,6 +220,9 @@ def test_a_model_that_only_reads_does_not_hear_the_piece(result):
     assert result.find("piece_swap", **where)["value"] == pytest.approx(0, abs=1e-6)
     assert result.find("presence", **where)["value"] == pytest.approx(0.5)
     assert result.find("presence_by_word", **where)["value"] == pytest.approx(0.5)
+    # what it adds for a word is the right sound for that word, and the wrong one for another
+    for measure in ("fit_presence", "fit_presence_by_word"):
+        assert result.find(measure, **where)["value"] == pytest.approx(1)
     assert result.find("neutral_share", **where)["value"] == pytest.approx(0, abs=1e-6)
 
 
@@ -259,7 +262,7 @@ def test_priors_come_from_training_pieces(music):
 
 def test_models_are_tested_pairwise_over_pieces(result):
     tests = {(t["map"], t["level"], t["measure"]): t for t in result.tests}
-    assert len(tests) == 2 * (3 + 4)  # levels × (attention + effect)
+    assert len(tests) == 2 * (3 + 5)  # levels × (attention + effect)
     heard = tests["effect", 5, "piece_swap"]
     # five pieces, all one way: 2 of 32 sign patterns are as extreme
     assert heard["p"] == pytest.approx(2 / 32)
@@ -615,7 +618,15 @@ def test_fresh_weights_are_stored_one_by_one(music, tmp_path):
     assert {len(row["fresh"]) for row in one.fresh} == {1}
     fresh = {(row["model"], row["map"], row["measure"]): row for row in two.fresh if row["target"] in ("", "dominance")}
     # the first of each is a model that reads, the second one that hears: the figures that compare reports of these
-    for measure in ("score", "word_swap", "piece_swap", "presence", "neutral_share"):
+    for measure in (
+        "score",
+        "word_swap",
+        "piece_swap",
+        "presence",
+        "fit_presence",
+        "fit_presence_by_word",
+        "neutral_share",
+    ):
         expected = [two.find(measure, model=m, map="effect", level=5)["value"] for m in ("text", "audio")]
         for model in ("text", "audio"):
             assert fresh[model, "effect", measure]["fresh"] == pytest.approx(expected, abs=1e-9)
@@ -639,7 +650,7 @@ def test_stored_maps_are_read_as_they_were(music, tmp_path):
     clips, _ = make_clips(music[:1], INSTRUMENTS, GRID, seconds=SECONDS, absent=1)
     made = clip_maps("m", Pipe("audio"), clips[0], GRID, timesteps=(5, 300), draws=1, seed=0)
     blind = dataclasses.replace(
-        made, effect=None, masses=None, reason="why", sites=[{**made.sites[0], "entropy": np.nan}]
+        made, effect=None, masses=None, gains=None, reason="why", sites=[{**made.sites[0], "entropy": np.nan}]
     )
     folder = OutputFolder(tmp_path / "out", "compare", configuration={})
     first = Store(folder).piece("a/b: c", "piece", lambda: [made, blind])
@@ -648,7 +659,7 @@ def test_stored_maps_are_read_as_they_were(music, tmp_path):
     for one, other in zip(first, read, strict=True):
         for field in dataclasses.fields(one):
             a, b = getattr(one, field.name), getattr(other, field.name)
-            if field.name in ("attention", "effect", "masses"):
+            if field.name in ("attention", "effect", "masses", "gains"):
                 assert (a is None and b is None) or np.array_equal(a, b)
             elif field.name == "sites":
                 assert json.dumps(a) == json.dumps(b)
@@ -879,7 +890,13 @@ def test_the_contrast_figure_draws_values_intervals_and_fresh_ranges(result):
     fresh = [{**key, "fresh": [-0.1, 0.05]}]
     figure = figures.contrast_figure(result.rows, result.models, fresh)
     panels = {axes.get_title(): axes for axes in figure.axes}
-    assert set(panels) == {"AP − chance", "word swap (AP)", "piece swap (AP)", "presence (AUROC)"}
+    assert set(panels) == {
+        "AP − chance",
+        "word swap (AP)",
+        "piece swap (AP)",
+        "presence (AUROC)",
+        "presence, fit (AUROC)",
+    }
     swap = panels["word swap (AP)"]
     assert [label.get_text() for label in swap.get_xticklabels()] == [
         f"{kind}\nt = {level}" for kind in ("attention", "effect") for level in (5, 300)

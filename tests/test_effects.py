@@ -17,6 +17,7 @@ from aiba_eval.effects import (
     clean_latent,
     decode_audioldm2,
     edit_maps,
+    edit_quantities,
     effect_mass,
     listed,
     presence,
@@ -161,6 +162,28 @@ def test_the_energy_map_is_the_loss_of_power(remove):
     expected = torch.exp(2 * with_it) - torch.exp(2 * (with_it - PATTERNS[2]))
     np.testing.assert_allclose(bass, expected, atol=1e-5)
     assert bass.attrs["units"] == "power"
+
+
+@pytest.mark.parametrize("remove", ["prompt", "values"])
+def test_the_fit_map_is_the_gain_in_squared_error_against_the_audio(remove):
+    bass = synthetic("bass drums", remove=remove, quantity="fit", part="signed", words=["bass"])[0, 0]
+    audio, with_it = LATENT[0, 0].double(), (-3 + PATTERNS[2] + PATTERNS[3]).double()
+    expected = (with_it - PATTERNS[2] - audio) ** 2 - (with_it - audio) ** 2
+    np.testing.assert_allclose(bass, expected, atol=1e-3)
+    assert bass.attrs["units"] == "nats²"
+    gained = synthetic("bass drums", remove=remove, quantity="fit", words=["bass"])[0, 0]
+    np.testing.assert_allclose(gained, expected.clamp_min(0), atol=1e-3)
+
+
+def test_quantities_of_the_same_predictions_are_those_asked_for_one_by_one():
+    pipe, edits = Synthetic(), {"bass": ("bass drums", "drums"), "more": ("bass drums", "bass")}
+    options = {"latents": LATENT, "grid": GRID, "timesteps": (5, 300), "draws": 2, "backbone": SyntheticBackbone()}
+    asked = [("log", "positive"), ("fit", "signed"), ("energy", "signed")]
+    found = edit_quantities(pipe, edits, asked, **options)
+    calls = len(pipe.unet.calls)
+    for (quantity, part), maps in zip(asked, found, strict=True):
+        xarray.testing.assert_identical(maps, edit_maps(pipe, edits, quantity=quantity, part=part, **options))
+    assert len(pipe.unet.calls) == 4 * calls  # the three together took as many forwards as each alone
 
 
 @pytest.mark.parametrize("remove", ["prompt", "values"])
@@ -439,6 +462,18 @@ def test_presence_compares_present_absent_and_neutral_words(remove):
     np.testing.assert_allclose(masses, means, atol=3e-5)
     # bass .28, drums .25 against piano .2, flute .02
     assert masses.attrs["auroc"] == 1.0
+
+
+def test_presence_by_fit_asks_whether_the_audio_agrees():
+    """The audio has drums and a flute; this model adds a pattern for every word, whatever it is given."""
+    audio = (PATTERNS[3] + PATTERNS[5] - 3)[None, None]
+    options = {"latents": audio, "grid": GRID, "draws": 1, "backbone": SyntheticBackbone()}
+    by_mass = presence(Synthetic(), ["drums", "flute"], absent=["piano", "bass"], **options)
+    by_fit = presence(
+        Synthetic(), ["drums", "flute"], absent=["piano", "bass"], quantity="fit", part="signed", **options
+    )
+    assert (by_mass.attrs["auroc"], by_fit.attrs["auroc"]) == (0.5, 1.0)
+    assert (by_fit.values > 0).tolist() == [True, True, False, False]
 
 
 def test_presence_over_levels_and_what_it_refuses():

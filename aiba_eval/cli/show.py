@@ -149,7 +149,11 @@ class Report:
         self.out.print(_comparison_table(rows, _CONTRASTS, title))
         effects = [row for row in rows if "present_mass" in row]
         if effects:
-            self.out.print(_comparison_table(effects, _MASSES, "Effect masses of present, absent and neutral words"))
+            self.out.print(
+                _comparison_table(
+                    effects, _MASSES, "Present beside absent words (AUROC of effect mass, of fit), and neutral edits"
+                )
+            )
         if result.tests:
             self.out.print(_tests_table(result))
         if result.fresh:
@@ -387,8 +391,8 @@ def _demo_table(model: str, summary: Sequence[Row]) -> Table:
 #: measures of `aiba compare` and their headings: of maps against masks, and of the sizes of effects
 _CONTRASTS = {"score": "AP", "ratio": "÷ chance", "word_swap": "word swap", "piece_swap": "piece swap"}
 _MASSES = {
-    "present_mass": "mass",
-    "presence": "presence AUROC",
+    "presence": "presence",
+    "fit_presence": "presence of fit",
     "neutral_share": "neutral ÷ present",
 }
 
