@@ -1,8 +1,7 @@
 """One model's attention and effect maps of one clip, and a folder that keeps them.
 
 For each noise level: the word's cross-attention on the noised latent of the mix, projected; what the predicted log-mel loses
-without the word; and of edits that should do something, or nothing, the effect masses and the gains in fit (how much nearer the
-prediction comes to the audio, :mod:`aiba_eval.effects`):
+without the word; and the effect masses, in each of :data:`QUANTITIES`, of edits that should do something, or nothing:
 
 ========= ==================================================================================
 present   a word of the clip put last in the prompt, against the prompt without it
@@ -29,13 +28,15 @@ from numpy.typing import NDArray
 
 from aiba_eval.clips import Clip
 from aiba_eval.demo import at_timestep
-from aiba_eval.effects import edit_quantities, effect_mass, listed, without_word
+from aiba_eval.effects import Part, Quantity, edit_quantities, effect_mass, listed, without_word
 from aiba_eval.grid import MelGrid, project
 from aiba_eval.outputs import OutputFolder, dump_json, write_json
 from aiba_eval.probe import CannotProbe, probe
 
 Row = dict[str, Any]
 
+#: quantities of effect masses, with their part, as :func:`aiba_eval.effects.effect_map` takes them: first that of the maps
+QUANTITIES: dict[Quantity, Part] = {"log": "positive", "energy": "positive", "fit": "signed"}
 #: what a profile tells of a site, as :class:`aiba_eval.diagnostics.SiteSummary` defines it
 PROFILE = ("entropy", "word_mass", "padding_mass", "special_mass")
 
@@ -52,8 +53,7 @@ class ClipMaps:
     ----------
     attention : float32 (level, word, time, mel)
     effect : float32 (level, word, time, mel) in nats, or None
-    masses : (level, edit) in nats, or None
-    gains : (level, edit) in nats², or None
+    masses : (quantity, level, edit), or None
     edits : (role, label) of each edit: ``("present", "bass")``
     lattice : (time, frequency) of the finest attention site
     frequency_resolved : False if no attention site has a frequency axis
@@ -64,7 +64,6 @@ class ClipMaps:
     attention: NDArray[np.float32]
     effect: NDArray[np.float32] | None
     masses: NDArray[np.float64] | None
-    gains: NDArray[np.float64] | None
     edits: tuple[tuple[str, str], ...]
     lattice: tuple[int, int]
     frequency_resolved: bool
@@ -139,11 +138,11 @@ def clip_maps(
         for site in diagnose(at).sites
         if site.words
     ]
-    effect, masses, gains, reason = None, None, None, "effect maps were not asked for"
+    effect, masses, reason = None, None, "effect maps were not asked for"
     roles: tuple[tuple[str, str], ...] = ()
     if effects:
         try:
-            effect, masses, gains, roles = _effects(
+            effect, masses, roles = _effects(
                 label, pipeline, clip, grid, timesteps=timesteps, draws=draws, seed=seed, batch=batch
             )
             reason = ""
@@ -151,29 +150,29 @@ def clip_maps(
             reason = str(error)
     columns, bands = projected[0].attrs["finest_lattice"]
     resolved = bool(projected[0].attrs["frequency_resolved"])
-    return ClipMaps(attention, effect, masses, gains, roles, (int(columns), int(bands)), resolved, sites, reason)
+    return ClipMaps(attention, effect, masses, roles, (int(columns), int(bands)), resolved, sites, reason)
 
 
 def _effects(
     label: str, pipeline: Any, clip: Clip, grid: MelGrid, **options: Any
-) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64], tuple[tuple[str, str], ...]]:
-    """Effect maps of the words; masses, gains and (role, label) of the edits."""
+) -> tuple[NDArray[np.float32], NDArray[np.float64], tuple[tuple[str, str], ...]]:
+    """Effect maps of the words; masses and (role, label) of the edits."""
     edits, roles = edits_of(clip)
-    found, fit = edit_quantities(
+    found = edit_quantities(
         pipeline,
         edits,
-        [("log", "positive"), ("fit", "signed")],
+        list(QUANTITIES.items()),
         waveform=clip.mix,
         sample_rate=clip.sample_rate,
         levels="each",
         grid=grid,
         **options,
     )
-    effect = found.sel(word=[f"map {word}" for word in clip.words]).values
+    effect = found[0].sel(word=[f"map {word}" for word in clip.words]).values
     _check_cover(label, effect, grid)
     asked = [" ".join(role) for role in roles]
-    masses, gains = (effect_mass(maps).sel(word=asked).values.astype(float) for maps in (found, fit))
-    return effect, masses, gains, roles
+    masses = np.stack([effect_mass(maps).sel(word=asked).values.astype(float) for maps in found])
+    return effect, masses, roles
 
 
 def _check_cover(label: str, maps: NDArray[np.float32], grid: MelGrid) -> None:
@@ -243,7 +242,7 @@ def _arrays(made: Sequence[ClipMaps]) -> dict[str, Any]:
     return {**arrays, "about": np.asarray(dump_json(about))}
 
 
-_EFFECTS = ("effect", "masses", "gains")
+_EFFECTS = ("effect", "masses")
 _PLAIN = ("edits", "lattice", "frequency_resolved", "sites", "reason")
 
 

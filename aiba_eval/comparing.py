@@ -22,9 +22,9 @@ An effect map agrees with a dominance mask partly by definition; the other two a
     word_swap         score − mean over other words v of the prompt of s(map of v in c, target of w in c)      is it this word?
     piece_swap        score − mean over other pieces' clips d of s(map of w in d, target of w in c)            is it this audio?
     agreement         ρ(attention of w, effect of w), and agreement_swap: less the mean over v of ρ(attention of v, effect of w)
-    presence          share of pairs in which an instrument has more effect mass than an absent one in its place; ties half
+    presence          share of pairs in which an instrument has more effect mass (of log-mel) than an absent one in its place; ties half
     presence_by_word  the same over pairs of clips with equally many words, for one word: present in one, absent from the other
-    fit_presence, fit_presence_by_word    both of the gain in fit: naming it brings the prediction nearer to the audio where it is
+    power_presence, fit_presence          presence by effect mass in power, and in fit to the audio; each has its _by_word
     neutral_share     mean over pieces of the effect mass of edits that should do nothing / the same of present words
 
 Words are averaged within a piece and the piece is the unit. Intervals are 95 % BCa bootstrap intervals over pieces; two models are
@@ -40,17 +40,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from aiba_eval import references
-from aiba_eval.clip_maps import PROFILE, CannotCompare, ClipMaps, Store, clip_maps
+from aiba_eval.clip_maps import PROFILE, QUANTITIES, CannotCompare, ClipMaps, Store, clip_maps
 from aiba_eval.clips import TARGETS, Clip, make_clips
 from aiba_eval.controls import MINIMUM_INITIALISATIONS
 from aiba_eval.demo import UNNAMED
-from aiba_eval.effects import rank_correlation
+from aiba_eval.effects import Quantity, rank_correlation
 from aiba_eval.fresh import with_fresh_weights
 from aiba_eval.grid import MelGrid
 from aiba_eval.loading import CannotLoad, Loaded, sampling_rate, weights_digest
@@ -76,6 +76,8 @@ TESTED = ("score", "word_swap", "piece_swap")
 MEASURES = ("score", "above_chance", "word_swap", "piece_swap")
 #: a mask outside these areas is not scored: nearly every map, or none, would fit it
 AREAS = (0.02, 0.9)
+#: measure → the quantity of the effect masses that it compares
+PRESENCES: dict[str, Quantity] = {"presence": "log", "power_presence": "energy", "fit_presence": "fit"}
 #: references that are made of masks of other clips
 PRIORS = ("class_prior", "prior_mix")
 #: fewer pieces have no interval and no test
@@ -343,11 +345,11 @@ def compare(
             rows += _rows_of({**key, "target": target}, found, classes, draw)
             if target == "dominance":
                 records[model, kind, level] = found
-    masses, gains = run.masses(measured), run.masses(measured, "gains")
-    for (model, level), mass in masses.items():
-        rows += _presence_rows({"model": model, "map": "effect", "level": level}, mass, gains[model, level], draw)
+    masses = run.masses(measured)
+    for (model, level), of in masses.items():
+        rows += _presence_rows({"model": model, "map": "effect", "level": level}, of, draw)
         rows += _agreement_rows({"model": model, "map": "attention", "level": level}, run, measured[model], draw)
-    tests = _tests(tuple(models), records, {"presence": masses, "fit_presence": gains}, run.levels, draw)
+    tests = _tests(tuple(models), records, masses, run.levels, draw)
     fresh = []
     if any(initialisations.values()):
         rebuild = with_fresh_weights if reinitialise is None else reinitialise
@@ -525,15 +527,16 @@ class _Run:
             for clip, one in zip(self.clips, of, strict=True)
         ]
 
-    def masses(
-        self, measured: Mapping[str, Sequence[ClipMaps]], kind: Literal["masses", "gains"] = "masses"
-    ) -> dict[tuple[str, int], _Mass]:
-        """Effect masses, or gains in fit, by model and level, of models that have them."""
+    def masses(self, measured: Mapping[str, Sequence[ClipMaps]]) -> dict[tuple[str, int], dict[Quantity, _Mass]]:
+        """Effect masses by model and level, and quantity, of models that have them."""
         pieces = [clip.piece for clip in self.clips]
         return {
-            (label, level): _Mass(
-                pieces, [dict(zip(one.edits, np.asarray(getattr(one, kind))[number], strict=True)) for one in of]
-            )
+            (label, level): {
+                quantity: _Mass(
+                    pieces, [dict(zip(one.edits, np.asarray(one.masses)[kind, number], strict=True)) for one in of]
+                )
+                for kind, quantity in enumerate(QUANTITIES)
+            }
             for label, of in measured.items()
             if _has_effects(of)
             for number, level in enumerate(self.levels)
@@ -568,16 +571,12 @@ class _Run:
                 records = _contrasts(self.clips, maps, target, self.partners)
                 for measure in MEASURES:
                     found[_fresh_key(kind, level, target, measure)] = _mean(_per_piece(records, measure).values())
-        gains = self.masses({"": of}, "gains")
         for (_, level), mass in self.masses({"": of}).items():
-            present, neutral = (_mean(mass.roles(role).values()) for role in ("present", "neutral"))
-            shown = {
-                "neutral_share": neutral / present if present > 0 else float("nan"),
-                "presence": _mean(mass.presence().values()),
-                "presence_by_word": mass.presence_by_word(),
-                "fit_presence": _mean(gains["", level].presence().values()),
-                "fit_presence_by_word": gains["", level].presence_by_word(),
-            }
+            present, neutral = (_mean(mass["log"].roles(role).values()) for role in ("present", "neutral"))
+            shown = {"neutral_share": neutral / present if present > 0 else float("nan")}
+            for measure, quantity in PRESENCES.items():
+                shown[measure] = _mean(mass[quantity].presence().values())
+                shown[f"{measure}_by_word"] = mass[quantity].presence_by_word()
             found |= {_fresh_key("effect", level, "", measure): value for measure, value in shown.items()}
         return found
 
@@ -771,7 +770,7 @@ def _agreement_rows(key: Mapping[str, Any], run: _Run, of: Sequence[ClipMaps], d
 
 @dataclass(frozen=True)
 class _Mass:
-    """Effect masses, or gains in fit, of one model at one level, clip by clip."""
+    """Effect masses of one model at one level in one quantity, clip by clip."""
 
     pieces: Sequence[str]
     masses: Sequence[Mapping[tuple[str, str], float]]  # (role, label) → mass
@@ -852,13 +851,13 @@ def _win(one: float, other: float) -> float:
     return float(one > other) + 0.5 * float(one == other)
 
 
-def _presence_rows(key: Mapping[str, Any], of: _Mass, gains: _Mass, draw: _Draw) -> list[Row]:
-    roles = {role: of.roles(role) for role in ("present", "absent", "neutral")}
+def _presence_rows(key: Mapping[str, Any], of: Mapping[Quantity, _Mass], draw: _Draw) -> list[Row]:
+    roles = {role: of["log"].roles(role) for role in ("present", "absent", "neutral")}
     found = {f"{role}_mass": _with_interval(masses, draw) for role, masses in roles.items() if masses}
-    for name, kind in (("presence", of), ("fit_presence", gains)):
-        if won := kind.presence():
-            found[name] = _with_interval(won, draw)
-            found[f"{name}_by_word"] = kind.presence_by_word_row(draw)
+    for measure, quantity in PRESENCES.items():
+        if won := of[quantity].presence():
+            found[measure] = _with_interval(won, draw)
+            found[f"{measure}_by_word"] = of[quantity].presence_by_word_row(draw)
     found["neutral_share"] = _with_ratio(roles["neutral"], roles["present"], draw)
     return [{**key, "target": "", "word": "all", "measure": measure, **figure} for measure, figure in found.items()]
 
@@ -869,7 +868,7 @@ def _presence_rows(key: Mapping[str, Any], of: _Mass, gains: _Mass, draw: _Draw)
 def _tests(
     models: Sequence[str],
     records: Mapping[tuple[str, str, int | None], Sequence[Row]],
-    presences: Mapping[str, Mapping[tuple[str, int], _Mass]],
+    masses: Mapping[tuple[str, int], Mapping[Quantity, _Mass]],
     levels: Sequence[int],
     draw: _Draw,
 ) -> list[Row]:
@@ -884,8 +883,8 @@ def _tests(
                 key: Row = {"map": kind, "level": level, "target": "dominance", "measure": measure}
                 family.append((key, _per_piece(held[0], measure), _per_piece(held[1], measure)))
             if kind == "effect":
-                for measure, of in presences.items():
-                    first, second = (of[model, level].presence() for model in models)
+                for measure, quantity in PRESENCES.items():
+                    first, second = (masses[model, level][quantity].presence() for model in models)
                     family.append(({"map": kind, "level": level, "target": "", "measure": measure}, first, second))
     tests = []
     for key, one, other in family:

@@ -283,7 +283,6 @@ CONTRASTS = {
     "word_swap": ("word swap (AP)", 0.0),
     "piece_swap": ("piece swap (AP)", 0.0),
     "presence": ("presence (AUROC)", 0.5),
-    "fit_presence": ("presence, fit (AUROC)", 0.5),
 }
 MODELS = ("#1d4ed8", "#c2410c")
 

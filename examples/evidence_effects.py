@@ -9,7 +9,7 @@
 diffusion transformer against what has to be shown:
 
 at low noise             word swap and piece swap of the effect maps: intervals above 0, values at least .19 and .03
-at high noise (t = 800)  presence at least .75
+at high noise (t = 800)  presence at least .75, by effect mass in nats of log-mel or in power
 at both                  neutral edits below a quarter of a present word's effect mass
 everywhere               outside the distribution over 20 fresh initialisations
 
@@ -48,9 +48,7 @@ AT_LEAST = {
     for level in (LOW, MIDDLE)
     for target in DOMINANCE
     for measure, least in (("word_swap", 0.19), ("piece_swap", 0.03))
-} | {
-    ("demo:dit", "effect", HIGH, "", "presence"): (0.75, None),
-}
+} | {("demo:dit", "effect", HIGH, "", measure): (0.75, None) for measure in ("presence", "power_presence")}
 AT_MOST = {("demo:dit", "effect", level, "", "neutral_share"): 0.25 for level in LEVELS}
 MEASURES = (
     "score",
@@ -59,6 +57,8 @@ MEASURES = (
     "piece_swap",
     "presence",
     "presence_by_word",
+    "power_presence",
+    "power_presence_by_word",
     "fit_presence",
     "fit_presence_by_word",
     "neutral_share",

@@ -207,7 +207,8 @@ def test_a_model_that_hears_passes_every_contrast(result):
     for measure in ("above_chance", "word_swap", "piece_swap"):
         assert result.find(measure, **where)["low"] > 0.05, measure
     assert result.find("score", **where)["value"] > 0.8
-    assert result.find("presence", **where)["value"] == 1
+    for measure in ("presence", "power_presence", "fit_presence"):
+        assert result.find(measure, **where)["value"] == 1
     assert result.find("neutral_share", **where)["value"] == pytest.approx(0, abs=1e-6)
     for target in ("energy", "share"):
         for measure in ("word_swap", "piece_swap"):
@@ -262,7 +263,7 @@ def test_priors_come_from_training_pieces(music):
 
 def test_models_are_tested_pairwise_over_pieces(result):
     tests = {(t["map"], t["level"], t["measure"]): t for t in result.tests}
-    assert len(tests) == 2 * (3 + 5)  # levels × (attention + effect)
+    assert len(tests) == 2 * (3 + 6)  # levels × (attention + effect)
     heard = tests["effect", 5, "piece_swap"]
     # five pieces, all one way: 2 of 32 sign patterns are as extreme
     assert heard["p"] == pytest.approx(2 / 32)
@@ -650,7 +651,7 @@ def test_stored_maps_are_read_as_they_were(music, tmp_path):
     clips, _ = make_clips(music[:1], INSTRUMENTS, GRID, seconds=SECONDS, absent=1)
     made = clip_maps("m", Pipe("audio"), clips[0], GRID, timesteps=(5, 300), draws=1, seed=0)
     blind = dataclasses.replace(
-        made, effect=None, masses=None, gains=None, reason="why", sites=[{**made.sites[0], "entropy": np.nan}]
+        made, effect=None, masses=None, reason="why", sites=[{**made.sites[0], "entropy": np.nan}]
     )
     folder = OutputFolder(tmp_path / "out", "compare", configuration={})
     first = Store(folder).piece("a/b: c", "piece", lambda: [made, blind])
@@ -659,7 +660,7 @@ def test_stored_maps_are_read_as_they_were(music, tmp_path):
     for one, other in zip(first, read, strict=True):
         for field in dataclasses.fields(one):
             a, b = getattr(one, field.name), getattr(other, field.name)
-            if field.name in ("attention", "effect", "masses", "gains"):
+            if field.name in ("attention", "effect", "masses"):
                 assert (a is None and b is None) or np.array_equal(a, b)
             elif field.name == "sites":
                 assert json.dumps(a) == json.dumps(b)
@@ -827,6 +828,7 @@ def test_the_evidence_says_what_is_shown_and_what_is_not(result, tmp_path):
         row(0.04, -0.01, measure="piece_swap", target="dominance", level=300),
         row(0.04, 0.01, measure="piece_swap", target="dominance_60", level=300),
         row(0.8, 0.7, measure="presence", level=800),
+        row(0.7, 0.6, measure="power_presence", level=800),
         row(0.1, 0.05, measure="neutral_share", level=300),
         row(0.3, 0.2, measure="neutral_share", level=800),
     ]
@@ -841,6 +843,7 @@ def test_the_evidence_says_what_is_shown_and_what_is_not(result, tmp_path):
         ("piece_swap", "dominance", 300): (False, True),  # its interval is not above 0
         ("piece_swap", "dominance_60", 300): (True, None),
         ("presence", "", 800): (True, None),
+        ("power_presence", "", 800): (False, None),
         ("neutral_share", "", 300): (True, None),
         ("neutral_share", "", 800): (False, None),
     }
@@ -851,7 +854,7 @@ def test_the_evidence_says_what_is_shown_and_what_is_not(result, tmp_path):
     )
     assert [line.endswith("| shown |") for line in text.splitlines() if line.startswith("| demo:dit effect t")] == [
         True,
-        *[False] * 6,
+        *[False] * 7,
     ]
     assert "| 300 | dominance_60 | 0.180 [0.100, 0.300] | 0.040 [0.010, 0.300] |" in text  # of the sweep
     assert "| demo:dit effect | 300 | word_swap (dominance) | 0.200 | −0.010 to 0.020 | 0.333 | yes |" in text
@@ -895,7 +898,6 @@ def test_the_contrast_figure_draws_values_intervals_and_fresh_ranges(result):
         "word swap (AP)",
         "piece swap (AP)",
         "presence (AUROC)",
-        "presence, fit (AUROC)",
     }
     swap = panels["word swap (AP)"]
     assert [label.get_text() for label in swap.get_xticklabels()] == [

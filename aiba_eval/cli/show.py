@@ -151,7 +151,9 @@ class Report:
         if effects:
             self.out.print(
                 _comparison_table(
-                    effects, _MASSES, "Present beside absent words (AUROC of effect mass, of fit), and neutral edits"
+                    effects,
+                    _MASSES,
+                    "Present beside absent words (AUROC of effect mass in nats and power), and neutral edits",
                 )
             )
         if result.tests:
@@ -392,7 +394,7 @@ def _demo_table(model: str, summary: Sequence[Row]) -> Table:
 _CONTRASTS = {"score": "AP", "ratio": "÷ chance", "word_swap": "word swap", "piece_swap": "piece swap"}
 _MASSES = {
     "presence": "presence",
-    "fit_presence": "presence of fit",
+    "power_presence": "in power",
     "neutral_share": "neutral ÷ present",
 }
 
