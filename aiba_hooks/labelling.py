@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,16 +38,19 @@ def build(capture: Capture, run: Run, store: Store) -> xr.DataArray | None:
     dims = ["branch", "prompt", *([] if reduced else ["step"]), *(["head"] if capture.options.heads == "all" else [])]
     column = "key" if store.mode == "full" else "word"
     values = store.lattice.place(values)
-    array = xr.DataArray(np.ascontiguousarray(values, dtype=np.float32), dims=[*dims, column, *store.lattice.dims])
-    array = array.assign_coords(store.lattice.coords())
-    array = array.assign_coords(_row_coords(run))
+    # all coordinates at once: each assignment would align them anew
+    coords = {**store.lattice.coords(), **_row_coords(run)}
     if column == "word":
-        array = array.assign_coords(word=store.names)
-        array = _blank_missing(array, run, store)
+        coords["word"] = store.names
     else:
-        array = array.assign_coords(_key_coords(run, store, array.sizes["key"]))
+        coords |= _key_coords(run, store, values.shape[len(dims)])
     if not reduced:
-        array = array.assign_coords(_step_coords(capture, run, sorted(store.seen)))
+        coords |= _step_coords(capture, run, sorted(store.seen))
+    array = xr.DataArray(
+        np.ascontiguousarray(values, dtype=np.float32), coords, dims=[*dims, column, *store.lattice.dims]
+    )
+    if column == "word":
+        array = _blank_missing(array, run, store)
     array = array.assign_coords(branch=store.branches) if len(store.branches) > 1 else array.isel(branch=0)
     array.name = "attention"
     array.attrs.update(_provenance(capture, run, store))
@@ -182,6 +186,7 @@ def _provenance(capture: Capture, run: Run | None, store: Store) -> dict[str, An
     return attrs
 
 
+@functools.cache
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)

@@ -51,9 +51,6 @@ def normalise(audio: torch.Tensor) -> torch.Tensor:
 #: how often a prompt leaves out one of several instruments. The more often, the less a model takes a word's absence for the
 #: instrument's, and the less leaving out a word changes
 UNNAMED = 0.05
-#: how often a prompt names an instrument besides that the clip does not have. Where prompts never do, a model believes them: the
-#: word of an absent instrument then does as much as that of a present one
-ABSENT = 0.0
 
 
 class Stems:
@@ -137,9 +134,9 @@ class Stems:
         return normalise(mixes), instruments
 
 
-def prompt(rng: np.random.Generator, instruments: list[str], unnamed: float = UNNAMED, absent: float = ABSENT) -> str:
+def prompt(rng: np.random.Generator, instruments: list[str], unnamed: float = UNNAMED) -> str:
     """A prompt for these instruments: random order, words and phrasing; with probability ``unnamed`` one of several is left
-    out, with probability ``absent`` one is named that they lack; sometimes words are added that mean nothing for the sound."""
+    out, sometimes words are added that mean nothing for the sound."""
 
     def pick(options: tuple[str, ...]) -> str:
         return options[int(rng.integers(len(options)))]
@@ -147,9 +144,6 @@ def prompt(rng: np.random.Generator, instruments: list[str], unnamed: float = UN
     named = [str(name) for name in rng.permutation(instruments)]
     if len(named) > 1 and rng.random() < unnamed:
         named = named[1:]
-    if absent and rng.random() < absent:
-        lacking = [name for name in vocabulary.INSTRUMENTS if name not in instruments]
-        named.insert(int(rng.integers(len(named) + 1)), pick(tuple(lacking)))
     phrases = []
     for name in named:
         words = vocabulary.INSTRUMENTS[name]

@@ -62,19 +62,7 @@ class Trainer:
         self.runs: list[dict[str, object]] = []  # options from which step on
         if path.exists():
             self._read()
-        kept = (
-            "batch",
-            "rate",
-            "steps",
-            "seconds",
-            "columns",
-            "unnamed",
-            "absent",
-            "wordless",
-            "subsets",
-            "seed",
-            "bf16",
-        )
+        kept = ("batch", "rate", "steps", "seconds", "columns", "unnamed", "wordless", "subsets", "seed", "bf16")
         now = {name: value for name, value in vars(options).items() if name in kept and value is not None}
         if not self.runs or {**self.runs[-1], "from_step": None} != {**now, "from_step": None}:
             self.runs.append({"from_step": self.step, **now})

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from data import ABSENT, UNNAMED, prompt
+from data import UNNAMED, prompt
 from loop import Trainer, arguments, generators
 from safetensors import safe_open
 
@@ -63,9 +63,6 @@ def main() -> None:
         "--wordless", type=float, default=WORDLESS, help="share of clips whose generated stream has no words"
     )
     parser.add_argument("--unnamed", type=float, default=UNNAMED, help="share of prompts that leave an instrument out")
-    parser.add_argument(
-        "--absent", type=float, default=ABSENT, help="share of prompts that name an absent instrument too"
-    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -91,9 +88,7 @@ def main() -> None:
             starts = rng.integers(clean.shape[2] - options.columns + 1, size=len(clean))
             cuts = [row[:, start : start + options.columns] for row, start in zip(clean, starts, strict=True)]
             clean = torch.stack(cuts)
-        prompts = [
-            "" if rng.random() < EMPTY else prompt(rng, instruments[i], options.unnamed, options.absent) for i in chosen
-        ]
+        prompts = ["" if rng.random() < EMPTY else prompt(rng, instruments[i], options.unnamed) for i in chosen]
         noise = torch.randn(clean.shape, generator=noise_of, device=device)
         # one timestep per equal part of the range: less variance between batches
         parts_of_range = (torch.arange(options.batch, device=device) + float(rng.random())) / options.batch
