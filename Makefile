@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-sat browser lint setup clean
+.PHONY: demo test test-sat bench-peers browser lint setup clean
 
 demo: $(STAMP)
 	$(BIN)/aiba demo
@@ -12,18 +12,24 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest
 
-# stable-audio-tools pins versions of its own, and torchaudio breaks other imports on CPU torch: an environment that lies
-# over .venv and adds them, installed without their dependencies
+# Libraries that pin versions of their own live in environments that lie over .venv and add them, installed without their
+# dependencies: stable-audio-tools (torchaudio breaks other imports on CPU torch), and what aiba bench races against
 SAT := .venv-sat
+PEERS := .venv-peers
 test-sat: $(SAT)/.installed
 	$(SAT)/bin/python -m pytest tests/sat
 
-$(SAT)/.installed: $(STAMP) constraints-sat.txt
-	test -x $(SAT)/bin/python || $(BIN)/python -m venv $(SAT)
+bench-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m aiba_eval.cli bench --model stable-diffusion-small --model audioldm2-small --model stable-audio-small \
+	  --contestant words --contestant tokens --contestant paper --contestant amd-fast --contestant amd-exact --contestant daam \
+	  --rounds 7 --steps 4 --threads 1 --out aiba-bench-peers
+
+.venv-%/.installed: $(STAMP) constraints-%.txt
+	test -x .venv-$*/bin/python || $(BIN)/python -m venv .venv-$*
 	base=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-	own=$$($(SAT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo "import site; site.addsitedir('$$base')" > $$own/base.pth
-	$(SAT)/bin/python -m pip install --quiet --no-deps --requirement constraints-sat.txt
+	.venv-$*/bin/python -m pip install --quiet --no-deps --requirement constraints-$*.txt
 	touch $@
 
 # headless Chromium for tests/test_report_browser.py: Debian's packages where there is apt and root, else a message
@@ -48,4 +54,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SAT) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(SAT) $(PEERS) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist *.egg-info
