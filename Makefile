@@ -22,7 +22,7 @@ test-sat: $(SAT)/.installed
 bench-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m aiba_eval.cli bench --model stable-diffusion-small --model audioldm2-small --model stable-audio-small \
 	  --contestant words --contestant tokens --contestant paper --contestant amd-fast --contestant amd-exact --contestant daam \
-	  --rounds 7 --steps 4 --threads 1 --out aiba-bench-peers
+	  --rounds 3 --steps 4 --threads 1 --out aiba-bench-peers --overwrite
 
 .venv-%/.installed: $(STAMP) constraints-%.txt
 	test -x .venv-$*/bin/python || $(BIN)/python -m venv .venv-$*

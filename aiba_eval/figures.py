@@ -312,7 +312,9 @@ def contrast_figure(
     held = [m for m in CONTRASTS if any(row["measure"] == m and np.isfinite(row["value"]) for row in shown)]
     if not held:
         raise ValueError("nothing to draw: no row has a contrast")
-    figure = _figure(3.1 * len(held), 3.6)
+    # a tick label under every pair of bars
+    most = max(len({(row["map"], row["level"]) for row in shown if row["measure"] == measure}) for measure in held)
+    figure = _figure(max(3.1, 0.4 + 0.62 * most) * len(held), 3.8)
     panels = figure.subplots(1, len(held), squeeze=False)[0]
     width = 0.8 / len(models)
     same = ("model", "map", "level", "target", "measure")
@@ -337,7 +339,8 @@ def contrast_figure(
         axes.set_title(heading, fontsize=TEXT["title"])
         axes.set_xticks(range(len(places)), [f"{kind}\nt = {level}" for kind, level in places])
         axes.tick_params(labelsize=TEXT["tick"])
-    panels[0].legend(frameon=False, fontsize=TEXT["tick"])
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=TEXT["tick"])
     note = "lines: 95 % intervals over pieces"
     figure.supxlabel(
         f"{note}; grey: fresh initialisations" if fresh else note, fontsize=TEXT["tick"], x=0.99, ha="right"

@@ -35,7 +35,7 @@ class Columns:
 
     def templates(self, call: AttentionCall) -> list[Tensor]:
         """Those laid out as the call's values; empty the first time, and on a CPU always: made anew they are gone when the model's
-        feed-forward layers need their most memory, and take 0.1 ms where a GPU would wait for two more launches."""
+        feed-forward layers need their most memory, and take less than 0.1 ms, where a GPU would wait for two more launches."""
         value = call.value
         if value.device.type == "cpu":
             return []
