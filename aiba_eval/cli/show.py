@@ -153,7 +153,7 @@ class Report:
                 _comparison_table(
                     effects,
                     _MASSES,
-                    "Present beside absent words (AUROC of effect mass in nats and power), and neutral edits",
+                    "Present beside absent words (AUROC of effect mass, of gain in fit), and neutral edits",
                 )
             )
         if result.tests:
@@ -394,7 +394,7 @@ def _demo_table(model: str, summary: Sequence[Row]) -> Table:
 _CONTRASTS = {"score": "AP", "ratio": "÷ chance", "word_swap": "word swap", "piece_swap": "piece swap"}
 _MASSES = {
     "presence": "presence",
-    "power_presence": "in power",
+    "fit_presence": "by fit",
     "neutral_share": "neutral ÷ present",
 }
 
