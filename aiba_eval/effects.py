@@ -288,16 +288,16 @@ class _Means:
         output = self.predict(self.pipeline, noised, at, conditioning)
         if output.shape != noised.shape:
             raise ValueError(f"predict returned {tuple(output.shape)} for latents of shape {tuple(noised.shape)}")
-        decoded = self.decode_mel(self.pipeline, clean_latent(self.pipeline, noised, output, timestep))
-        if decoded.ndim != 3 or decoded.shape[0] != len(noised) or decoded.shape[2] != self.mel.mel:
-            raise ValueError(
-                f"decode_mel returned {tuple(decoded.shape)}; needed: [batch = {len(noised)}, time, mel = {self.mel.mel}]"
-            )
-        return decoded.float().cpu().numpy().astype(float)
+        return self.decoded(clean_latent(self.pipeline, noised, output, timestep))
 
-    def clean_mel(self, clean: Tensor) -> Floats:
-        """The decoded clean latent itself [1, time, mel]: what a perfect prediction would be."""
-        return self.decode_mel(self.pipeline, clean).float().cpu().numpy().astype(float)
+    def decoded(self, latents: Tensor) -> Floats:
+        """Log-mels [rows, time, mel] of clean latents [rows, ...]."""
+        mels = self.decode_mel(self.pipeline, latents)
+        if mels.ndim != 3 or mels.shape[0] != len(latents) or mels.shape[2] != self.mel.mel:
+            raise ValueError(
+                f"decode_mel returned {tuple(mels.shape)}; needed: [batch = {len(latents)}, time, mel = {self.mel.mel}]"
+            )
+        return mels.float().cpu().numpy().astype(float)
 
 
 def effect_map(
@@ -440,7 +440,7 @@ def effect_map(
                 changed = [_by_values(means, text, word, noised, levels_at, batch) for word in there.values()]
             if rasters is None:
                 rasters = np.full((*shape, *whole.shape[-2:]), np.nan)
-            audio = means.clean_mel(own) if quantity == "fit" else None
+            audio = means.decoded(own) if quantity == "fit" else None
             for j, lost in zip(there, changed, strict=True):
                 rasters[i, :, j] = _difference(whole, lost, audio, quantity, part).mean(axis=1)
     assert rasters is not None
@@ -548,7 +548,7 @@ def edit_quantities(
         noised = [add_noise(pipeline, clean, noise, timestep) for timestep in levels_at]
         texts = list(dict.fromkeys(text for pair in edits.values() for text in pair))
         decoded = dict(zip(texts, _by_prompt(means, texts, noised, levels_at, batch), strict=True))
-        audio = means.clean_mel(clean) if any(quantity == "fit" for quantity, _ in quantities) else None
+        audio = means.decoded(clean) if any(quantity == "fit" for quantity, _ in quantities) else None
     sides = np.asarray(list(edits.values()), str)
     found = []
     for quantity, part in quantities:

@@ -624,6 +624,7 @@ def test_fresh_weights_are_stored_one_by_one(music, tmp_path):
         "word_swap",
         "piece_swap",
         "presence",
+        "power_presence",
         "fit_presence",
         "fit_presence_by_word",
         "neutral_share",
@@ -893,12 +894,7 @@ def test_the_contrast_figure_draws_values_intervals_and_fresh_ranges(result):
     fresh = [{**key, "fresh": [-0.1, 0.05]}]
     figure = figures.contrast_figure(result.rows, result.models, fresh)
     panels = {axes.get_title(): axes for axes in figure.axes}
-    assert set(panels) == {
-        "AP − chance",
-        "word swap (AP)",
-        "piece swap (AP)",
-        "presence (AUROC)",
-    }
+    assert set(panels) == {"AP − chance", "word swap (AP)", "piece swap (AP)", "presence (AUROC)"}
     swap = panels["word swap (AP)"]
     assert [label.get_text() for label in swap.get_xticklabels()] == [
         f"{kind}\nt = {level}" for kind in ("attention", "effect") for level in (5, 300)
